@@ -1,0 +1,87 @@
+"""The one form of every benchmark: flags, hardware, rows, table or JSON."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.ops.instruction_set import instruction_set
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measured work: ours beside a peer, and what was hoped for."""
+
+    work: str
+    unit: str
+    ours: float
+    peer: float | None = None
+    peer_name: str | None = None
+    limit: float | None = None
+    """The physical limit, measured in the same run."""
+    ratio: float | None = None
+    """Ours to peer, so that more than 1 is better unless `work` says otherwise."""
+    goal: float | None = None
+    """Of the ratio."""
+    met: bool | None = None
+
+
+def hardware() -> str:
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    cores, threads = os.cpu_count(), torch.get_num_threads()
+    return f"{model}, {cores} cores, {instruction_set()}, {threads} threads, torch {torch.__version__}"
+
+
+def commit() -> str:
+    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
+
+
+def run_benchmark(
+    description: str, measure: Callable[[argparse.Namespace], Sequence[Row]], *flags: tuple[str, dict[str, object]]
+) -> None:
+    """Parse --quick, --json and the script's own flags, measure, and print the rows. Exits 0 whatever the outcome."""
+    parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="less work, under two minutes")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    for name, options in flags:
+        parser.add_argument(name, **options)  # type: ignore[arg-type]
+    arguments = parser.parse_args()
+    rows = list(measure(arguments))
+    if arguments.json:
+        print(json.dumps({"hardware": hardware(), "commit": commit(), "rows": [asdict(row) for row in rows]}))
+        return
+    table = Table(title=f"{Path(sys.argv[0]).stem} on {hardware()} at {commit()}", title_justify="left")
+    for column in ("work", "unit", "ours", "peer", "peer name", "limit", "ratio", "goal", "met"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*("-" if value is None else _shown(value) for value in asdict(row).values()))
+    Console(width=max(Console().width, 120)).print(table)
+
+
+def note(text: str) -> None:
+    """Progress, on stderr, so that --json stays one object."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

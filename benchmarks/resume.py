@@ -1,0 +1,140 @@
+"""Kill a training process with SIGKILL at random moments; the resumed run must equal an undisturbed one bitwise.
+
+Every process is a real `moesaic train`; the kills fall anywhere: start-up, data, steps, saving.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import ROOT, Row, note, run_benchmark
+
+STEPS = 400
+CONFIG = """
+steps = {steps}
+batch_size = 4
+micro_batch_size = 2
+sequence_length = 32
+evaluate_every = 50
+evaluation_tokens = 256
+
+[data]
+source = "{text}"
+tokenizer = "bytes"
+
+[model]
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+num_key_value_heads = 1
+head_dim = 16
+[model.moe]
+num_experts = 8
+num_experts_per_tok = 2
+moe_intermediate_size = 16
+router = "sigmoid_topk"
+
+[optimizer]
+name = "muon"
+
+[balance]
+bias_update_rate = 0.01
+
+[checkpoint]
+save_every = 3
+"""
+
+
+def measure(arguments: argparse.Namespace) -> list[Row]:
+    kills = arguments.kills or (20 if arguments.quick else 100)
+    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(2**31)
+    note(f"{kills} kills, random moments from seed {seed}")
+    with tempfile.TemporaryDirectory() as scratch:
+        return [_measure(Path(scratch), kills, random.Random(seed))]
+
+
+def _measure(scratch: Path, kills: int, moments: random.Random) -> Row:
+    text, config = scratch / "text.txt", scratch / "config.toml"
+    text.write_text("\n\n".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.py"))))
+    config.write_text(CONFIG.format(steps=STEPS * max(1, kills // 20), text=text))
+    undisturbed, disturbed = scratch / "undisturbed", scratch / "disturbed"
+
+    start = time.monotonic()
+    _run_to_end(config, undisturbed)
+    longest_wait = min(time.monotonic() - start, _startup_seconds(config, scratch / "startup") + 1.5)
+
+    resumed_steps = []
+    for kill in range(kills):
+        process = subprocess.Popen(_command(config, disturbed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            process.wait(moments.uniform(0, longest_wait))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        _, errors = process.communicate()
+        if process.returncode > 0:
+            raise SystemExit(f"process {kill} failed by itself: {errors.decode()}")
+        resumed_steps.append(_newest_step(disturbed))
+    note(f"newest saved step after each kill: {resumed_steps}")
+    _run_to_end(config, disturbed)
+    equal = _fingerprint(disturbed) == _fingerprint(undisturbed)
+    return Row(
+        work=f"{kills} SIGKILLs, {len(set(resumed_steps))} different states resumed; final states equal bitwise",
+        unit="1 = equal",
+        ours=float(equal),
+        goal=1.0,
+        ratio=float(equal),
+        met=equal,
+    )
+
+
+def _command(config: Path, run: Path) -> list[str]:
+    resume = ["--resume"] if _newest_step(run) is not None else []
+    return [sys.executable, "-m", "moesaic", "train", str(config), "--out", str(run), "--plain", *resume]
+
+
+def _run_to_end(config: Path, run: Path) -> None:
+    subprocess.run(_command(config, run), check=True, stdout=subprocess.DEVNULL)
+
+
+def _startup_seconds(config: Path, run: Path) -> float:
+    """From the start of a process to its first saved state."""
+    start = time.monotonic()
+    process = subprocess.Popen(_command(config, run), stdout=subprocess.DEVNULL)
+    while _newest_step(run) is None and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    shutil.rmtree(run)
+    return time.monotonic() - start
+
+
+def _newest_step(run: Path) -> int | None:
+    steps = [
+        int(path.name.removeprefix("step-")) for path in (run / "states").glob("step-*") if path.name[5:].isdigit()
+    ]
+    return max(steps, default=None)
+
+
+def _fingerprint(run: Path) -> tuple[dict[str, str], list[tuple[object, ...]]]:
+    """Hashes of the last state's tensors, and every recorded loss and load."""
+    newest = run / "states" / f"step-{_newest_step(run):08d}"
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in newest.glob("*.safetensors")}
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = ("kind", "step", "loss", "val_loss", "grad_norm", "load")
+    return hashes, [tuple(str(row.get(key)) for key in kept) for row in rows]
+
+
+if __name__ == "__main__":
+    run_benchmark(
+        __doc__ or "",
+        measure,
+        ("--kills", {"type": int, "help": "how many processes are killed (default 100, quick 20)"}),
+        ("--seed", {"type": int, "help": "seed of the moments; default: fresh"}),
+    )

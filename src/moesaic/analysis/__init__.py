@@ -1,0 +1,1 @@
+"""What the experts do: recorded routing and reports."""

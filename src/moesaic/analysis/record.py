@@ -1,0 +1,91 @@
+"""Recording what the routers decide, from outside the model.
+
+T tokens of all recorded passes, E experts, K experts per token, N assignments.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moesaic.model.transformer import Transformer
+from moesaic.ops import Routing
+
+
+class LayerTrace:
+    """The decisions of one layer's router over all recorded forward passes, in order."""
+
+    def __init__(self) -> None:
+        self.routings: list[Routing] = []
+        """One per forward pass."""
+
+    @property
+    def expert_ids(self) -> Tensor:
+        """(T, K) int64, or (N,) when tokens do not all have K experts."""
+        return self._joined("expert_ids")
+
+    @property
+    def weights(self) -> Tensor:
+        """Like `expert_ids`, float32."""
+        return self._joined("weights")
+
+    @property
+    def logits(self) -> Tensor:
+        """(T, E) float32."""
+        return torch.cat([routing.logits for routing in self.routings])
+
+    def tokens_per_expert(self) -> Tensor:
+        """(E,) int64."""
+        return torch.stack([routing.tokens_per_expert() for routing in self.routings]).sum(0)
+
+    def _joined(self, field: str) -> Tensor:
+        flat_N = torch.cat([getattr(routing, field) for routing in self.routings])
+        widths = {routing.top_k for routing in self.routings}
+        top_k = widths.pop() if len(widths) == 1 else None
+        return flat_N if top_k is None else flat_N.view(-1, top_k)
+
+
+class RoutingTrace:
+    """One `LayerTrace` per mixture-of-experts layer: `trace[0].expert_ids`."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [LayerTrace() for _ in range(num_layers)]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[LayerTrace]:
+        return iter(self.layers)
+
+    def __getitem__(self, layer: int) -> LayerTrace:
+        return self.layers[layer]
+
+
+@contextmanager
+def record_routing(model: Transformer) -> Iterator[RoutingTrace]:
+    """`with record_routing(model) as trace: model(tokens)` collects expert ids, weights and logits of every layer.
+
+    What is recorded is detached. Forward passes that other threads run on the same model meanwhile are recorded too.
+    """
+    trace = RoutingTrace(len(model.moe_layers))
+
+    def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        asked_for = kwargs.get("routings")
+        return args, {**kwargs, "routings": [] if asked_for is None else asked_for}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        newest = kwargs["routings"][len(kwargs["routings"]) - len(trace) :]
+        for layer, routing in zip(trace, newest, strict=True):
+            layer.routings.append(routing.detach())
+
+    handles = [
+        model.register_forward_pre_hook(ask, with_kwargs=True),
+        model.register_forward_hook(keep, with_kwargs=True),
+    ]
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()

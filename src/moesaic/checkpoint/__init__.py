@@ -1,0 +1,1 @@
+"""Models on disk: saved states of a run, Hugging Face directories in and out."""

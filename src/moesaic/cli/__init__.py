@@ -1,0 +1,66 @@
+"""The `moesaic` command: one file per subcommand, loaded when it is called.
+
+A user's mistake is one line on stderr and exit code 2, a failure one line and exit code 1; Ctrl-C is 130.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from cyclopts import App
+from cyclopts.exceptions import CycloptsError
+from rich.console import Console
+
+from moesaic import __version__
+from moesaic.errors import MoesaicError
+
+app = App(
+    name="moesaic",
+    version=__version__,
+    help="Train, load, run and explain mixture-of-experts language models on the machine you have.",
+)
+for command in ("demo", "train", "generate", "chat", "eval", "export", "bench", "doctor"):
+    app.command(f"moesaic.cli.{command}:{command if command != 'eval' else 'evaluate'}", name=command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit with its status."""
+    warnings.showwarning = _one_line_warning
+    try:
+        status = app(
+            [_with_dashes(argument) for argument in (sys.argv[1:] if arguments is None else arguments)],
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+    except CycloptsError as error:
+        message = " ".join(str(error).split())
+        _fail(f"{message} See moesaic {' '.join(error.command_chain or ())} --help".replace("  ", " "), 2)
+    except MoesaicError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output has left; keep the interpreter from complaining when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _with_dashes(argument: str) -> str:
+    """`--max_tokens` and `--max-tokens` are the same flag."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _fail(message: str, code: int) -> None:
+    Console(stderr=True).print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _one_line_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    if issubclass(category, UserWarning):
+        print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,55 @@
+"""`moesaic chat`: talk to a model in the terminal."""
+
+import sys
+
+from rich.console import Console
+
+from moesaic.cli.options import ModelOptions, SamplingOptions
+
+_MODEL, _SAMPLING = ModelOptions(), SamplingOptions()
+
+
+def chat(model: str, /, *, loading: ModelOptions = _MODEL, sampling: SamplingOptions = _SAMPLING) -> None:
+    """Talk to MODEL. A model with a chat template answers; one without continues what you write.
+
+    /clear forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C stops an answer.
+
+    Parameters
+    ----------
+    model
+        A run directory, a Hugging Face directory, or a hub id.
+    """
+    from moesaic.checkpoint.load import load, load_tokenizer
+    from moesaic.engine.generate import Generation, stream
+
+    config = sampling.to_config()
+    tokenizer = load_tokenizer(model)
+    transformer = load(model, dtype=loading.dtype, device=loading.device, backend=loading.backend)
+    console = Console()
+    if not tokenizer.has_chat_template:
+        console.print("This model has no chat template: it continues what you write.", style="dim")
+    messages: list[dict[str, str]] = []
+    while (line := _ask(console)) not in (None, "/quit"):
+        if line == "/clear":
+            messages.clear()
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        prompt = tokenizer.apply_chat_template(messages) if tokenizer.has_chat_template else line
+        generation = Generation(prompt_tokens=0)
+        try:
+            for piece in stream(transformer, tokenizer, tokenizer.encode(prompt), config, generation):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            console.print(" [stopped]", style="dim", markup=False)
+        print()
+        messages.append({"role": "assistant", "content": generation.text})
+
+
+def _ask(console: Console) -> str | None:
+    try:
+        return console.input("[bold]> [/bold]" if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None

@@ -1,0 +1,186 @@
+"""`moesaic demo`: train a sparse model and its dense twin, compare them, let the sparse one speak."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.accounting import count_parameters, flops_per_token
+from moesaic.cli.options import progress_bars
+from moesaic.config import TrainConfig
+from moesaic.config_io import to_mapping
+from moesaic.errors import UsageError
+from moesaic.recipes import DEFAULT_MINUTES, demo_config
+
+if TYPE_CHECKING:
+    from moesaic.analysis.comparison import Comparison, RunCurve
+    from moesaic.train.trainer import Trainer
+
+PROMPTS = ("def ", "import ", "class Test", "The ")
+LARGEST_DIFFERENCE = 0.02
+"""Of active parameters and FLOPs per token between the twins."""
+
+
+def demo(
+    *,
+    minutes: float = DEFAULT_MINUTES,
+    out: Path = Path("runs/demo"),
+    seed: int = 0,
+    data: str = "stdlib",
+    plain: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Train a sparse model and its dense twin on local text, compare them, and talk to the sparse one.
+
+    The twins have equal active parameters and FLOPs per token, see the same tokens and follow the same schedule.
+    An interrupted demo goes on where it stopped when it is called again.
+
+    Parameters
+    ----------
+    minutes
+        Scales the number of steps; the default takes about this long on two cores.
+    out
+        Where both runs, summary.json, report.html and the plots go.
+    seed
+        Of initial weights and of the order of the data.
+    data
+        Text to train on: stdlib (the running Python's standard library), or a file or folder.
+    plain
+        Lines instead of a live screen, also on a terminal.
+    """
+    if minutes <= 0:
+        raise UsageError(f"--minutes is {minutes}; give a number above 0, such as 2")
+    configs = {name: demo_config(name, minutes=minutes, seed=seed, source=data) for name in ("dense", "sparse")}
+    _require_twins(configs)
+
+    from moesaic.analysis.report import write_report
+
+    console = Console()
+    trainers = {}
+    for name, config in configs.items():
+        trainers[name] = _train(config, out / name, out / "data", console, plain)
+        if trainers[name].stop_requested and trainers[name].step < config.steps:
+            console.print("stopped; call moesaic demo again with the same options to go on", highlight=False)
+            return 130
+    comparison = _compare(trainers)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").write_text(json.dumps(comparison.summary(), indent=1) + "\n", encoding="utf-8")
+    report = write_report(out, comparison)
+    _show(comparison, report, out, console)
+    return 0
+
+
+def _train(config: TrainConfig, run: Path, data: Path, console: Console, plain: bool) -> "Trainer":
+    from moesaic.checkpoint.run_state import list_steps
+    from moesaic.train.run import run_training
+    from moesaic.train.screen import Screen
+
+    return run_training(
+        config,
+        run,
+        Screen(console, live=False if plain else None),
+        resume=bool(list_steps(run)),
+        progress=progress_bars(console),
+        data_directory=data,
+    )
+
+
+def _require_twins(configs: dict[str, TrainConfig]) -> None:
+    """Equal work per token is what makes the comparison one; the accounting proves it before anything is trained."""
+    sparse, dense = configs["sparse"], configs["dense"]
+    context = (sparse.sequence_length + 1) / 2
+    pairs = {
+        "active parameters": [count_parameters(config.model).active for config in (sparse, dense)],
+        "FLOPs per token": [flops_per_token(config.model, context).forward for config in (sparse, dense)],
+    }
+    for what, (of_sparse, of_dense) in pairs.items():
+        if abs(of_sparse / of_dense - 1) > LARGEST_DIFFERENCE:
+            raise UsageError(f"the twins differ in {what}: sparse {of_sparse:,.0f}, dense {of_dense:,.0f}")
+
+
+def _compare(trainers: dict[str, "Trainer"]) -> "Comparison":
+    from moesaic.analysis.comparison import Comparison
+    from moesaic.engine.generate import generate
+
+    sparse = trainers["sparse"]
+    domains = sparse.data.domains
+    load_CME = sparse.evaluate(num_domains=len(domains)).load
+    samples = [
+        (prompt, generate(sparse.model, sparse.data.tokenizer, prompt, max_tokens=96, temperature=0.7, top_p=0.95))
+        for prompt in PROMPTS
+    ]
+    return Comparison(
+        sparse=_curve("sparse", sparse),
+        dense=_curve("dense", trainers["dense"]),
+        domains=domains,
+        domain_load=load_CME.transpose(0, 1).tolist(),
+        samples=samples,
+        config={name: to_mapping(trainer.config) for name, trainer in trainers.items()},
+        hardware=_hardware(),
+    )
+
+
+def _curve(name: str, trainer: "Trainer") -> "RunCurve":
+    from moesaic.analysis.comparison import RunCurve
+    from moesaic.train.metrics import read_metrics
+
+    config = trainer.config
+    count = count_parameters(config.model)
+    return RunCurve(
+        name=name,
+        rows=read_metrics(trainer.run_directory / "metrics.jsonl"),
+        parameters_total=count.total,
+        parameters_active=count.active,
+        flops_per_token=flops_per_token(config.model, (config.sequence_length + 1) / 2).training,
+    )
+
+
+def _hardware() -> dict[str, object]:
+    import os
+    import platform
+
+    import torch
+
+    from moesaic.ops.instruction_set import instruction_set
+
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "instruction set": instruction_set(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _show(comparison: "Comparison", report: Path, out: Path, console: Console) -> None:
+    summary = comparison.summary()
+    table = Table(title="sparse against its dense twin", title_justify="left")
+    table.add_column("")
+    for side in ("sparse", "dense"):
+        table.add_column(side, justify="right")
+    for label, key, form in (
+        ("validation loss (nats per token)", "val_loss", ".4f"),
+        ("bits per byte", "bits_per_byte", ".4f"),
+        ("tokens per second", "tokens_per_second", ",.0f"),
+        ("training seconds", "seconds", ".0f"),
+        ("seconds to the dense model's final loss", "seconds_to_dense_loss", ".0f"),
+        ("parameters, total", "parameters_total", ","),
+        ("parameters, active per token", "parameters_active", ","),
+        ("MaxVio", "max_vio", ".2f"),
+    ):
+        values = [summary[side][key] for side in ("sparse", "dense")]
+        table.add_row(label, *("-" if value is None else format(value, form) for value in values))
+    console.print(table)
+    for prompt, completion in comparison.samples[:2]:
+        console.print(prompt, end="", style="bold", markup=False, highlight=False)
+        console.print(completion.rstrip() + "\n", markup=False, highlight=False)
+    run = out / "sparse"
+    console.print(
+        f"report: {report}\nnext:\n"
+        f"  moesaic chat {run}\n"
+        f"  moesaic generate {run} --prompt 'def read_' --max-tokens 100\n"
+        f"  moesaic export {run} {out}/sparse-hf",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip

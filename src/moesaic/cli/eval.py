@@ -1,0 +1,65 @@
+"""`moesaic eval`: perplexity, bits per byte and balance on a text file."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.cli.options import JsonFlag, ModelOptions, existing_file
+
+_MODEL = ModelOptions()
+
+
+def evaluate(
+    model: str,
+    /,
+    *,
+    data: Path,
+    sequence_length: int = 256,
+    batch_size: int = 8,
+    loading: ModelOptions = _MODEL,
+    json_output: JsonFlag = False,
+) -> None:
+    """Score MODEL on the text of a file.
+
+    Parameters
+    ----------
+    model
+        A run directory, a Hugging Face directory, or a hub id.
+    data
+        A UTF-8 text file.
+    sequence_length
+        Tokens per window; windows do not overlap and see nothing before them.
+    batch_size
+        Windows per forward pass.
+    json_output
+        One JSON object with perplexity, bits_per_byte and max_vio.
+    """
+    import torch
+
+    from moesaic.checkpoint.load import load, load_tokenizer
+    from moesaic.train.data import tokenize_for_evaluation, validation_batches
+    from moesaic.train.evaluate import evaluate as evaluate_model
+
+    tokenizer = load_tokenizer(model)
+    token_file, _ = tokenize_for_evaluation(tokenizer, str(existing_file(data, "--data")))
+    transformer = load(model, dtype=loading.dtype, device=loading.device, backend=loading.backend)
+    batches = validation_batches(token_file, sequence_length, batch_size, len(token_file))
+    result = evaluate_model(transformer, batches, torch.tensor(tokenizer.token_bytes()))
+    report = {
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "loss": result.loss,
+        "tokens": result.tokens,
+        "max_vio": result.max_vio,
+    }
+    if json_output:
+        print(json.dumps(report))
+        return
+    table = Table(title=f"{model} on {data}", show_header=False)
+    for name, value in report.items():
+        table.add_row(
+            name.replace("_", " "), "-" if value is None else f"{value:,.4g}" if name != "tokens" else f"{value:,}"
+        )
+    Console().print(table)

@@ -1,0 +1,53 @@
+"""`moesaic generate`: continue a prompt."""
+
+import json
+import sys
+
+from moesaic.cli.options import JsonFlag, ModelOptions, SamplingOptions
+
+_MODEL, _SAMPLING = ModelOptions(), SamplingOptions()
+
+
+def generate(
+    model: str,
+    /,
+    *,
+    prompt: str,
+    loading: ModelOptions = _MODEL,
+    sampling: SamplingOptions = _SAMPLING,
+    json_output: JsonFlag = False,
+) -> None:
+    """Continue PROMPT with MODEL, to standard output.
+
+    Parameters
+    ----------
+    model
+        A run directory, a Hugging Face directory, or a hub id.
+    prompt
+        Text to continue; - reads it from standard input.
+    json_output
+        One JSON object with text, token_ids and speeds.
+    """
+    from moesaic.checkpoint.load import load, load_tokenizer
+    from moesaic.engine.generate import Generation, peak_bytes, stream
+
+    sampling_config = sampling.to_config()
+    tokenizer = load_tokenizer(model)
+    transformer = load(model, dtype=loading.dtype, device=loading.device, backend=loading.backend)
+    generation = Generation(prompt_tokens=0)
+    prompt_ids = tokenizer.encode(sys.stdin.read() if prompt == "-" else prompt)
+    for piece in stream(transformer, tokenizer, prompt_ids, sampling_config, generation):
+        if not json_output:
+            print(piece, end="", flush=True)
+    if not json_output:
+        print()
+        return
+    report = {
+        "text": generation.text,
+        "token_ids": generation.token_ids,
+        "prompt_tokens": generation.prompt_tokens,
+        "prefill_tokens_per_second": generation.prefill_tokens_per_second,
+        "decode_tokens_per_second": generation.decode_tokens_per_second,
+        "peak_bytes": peak_bytes(),
+    }
+    print(json.dumps(report))

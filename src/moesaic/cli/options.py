@@ -1,0 +1,79 @@
+"""What several commands share: which model, how it is sampled from, how progress is shown."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moesaic.config import SamplingConfig
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a model is loaded."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    "Type of the weights; auto keeps what is stored."
+    device: str = "auto"
+    "auto, cpu, cuda or cuda:N."
+    backend: str = "auto"
+    "How experts are computed; `moesaic doctor` lists the choices."
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How tokens are drawn."""
+
+    max_tokens: Annotated[int, Parameter(name=["--max-tokens", "--max-new-tokens"])] = 128
+    "Stop after this many tokens."
+    temperature: float = 0.8
+    "0 always takes the most likely token."
+    top_p: float = 1.0
+    "Draw from the fewest tokens that hold this share of the probability."
+    top_k: int = 0
+    "Draw from the k most likely tokens; 0 means all."
+    seed: int = 0
+    "The same seed gives the same text."
+
+    def to_config(self) -> SamplingConfig:
+        return SamplingConfig(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+        )
+
+
+JsonFlag = Annotated[bool, Parameter(name="--json", negative="")]
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Yields `progress(label, done, total)`, which draws one bar per label on a terminal and is silent elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
+        tasks: dict[str, object] = {}
+
+        def progress(label: str, done: int, total: int | None) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done, total=total)  # type: ignore[arg-type]
+
+        yield progress
+
+
+def existing_file(path: Path, what: str) -> Path:
+    """Raises UsageError unless `path` is a file."""
+    from moesaic.errors import UsageError
+
+    if not path.is_file():
+        raise UsageError(f"{what} {path} is not a file; check the path")
+    return path

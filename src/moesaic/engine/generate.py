@@ -1,0 +1,121 @@
+"""One sequence at a time: prefill the prompt, then decode token by token.
+
+L prompt tokens, V vocabulary.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from moesaic.config import SamplingConfig
+from moesaic.engine.sampler import Sampler
+from moesaic.errors import UsageError
+from moesaic.model.kv_cache import KVCache
+from moesaic.model.transformer import Transformer
+from moesaic.tokenizer import Tokenizer
+
+
+@dataclass
+class Generation:
+    """What came out, and how fast. Filled while `stream` runs."""
+
+    prompt_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Of the tokens after the first, which prefill pays for; None when there are none."""
+        decoded = len(self.token_ids) - 1
+        return decoded / self.decode_seconds if decoded > 0 else None
+
+
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+) -> str:
+    """The continuation of `prompt`, without the prompt itself."""
+    config = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    generation = Generation(prompt_tokens=0)
+    for _ in stream(model, tokenizer, tokenizer.encode(prompt), config, generation):
+        pass
+    return generation.text
+
+
+@torch.inference_mode()
+def stream(
+    model: Transformer, tokenizer: Tokenizer, prompt_ids: list[int], config: SamplingConfig, generation: Generation
+) -> Iterator[str]:
+    """Yield text as it is decoded, until an end-of-sequence token or `max_tokens`; statistics go to `generation`.
+
+    Raises:
+        UsageError: the prompt is empty, or it and max_tokens exceed the model's positions.
+    """
+    _require_room(model, len(prompt_ids), config.max_tokens)
+    weight = model.embed_tokens.weight
+    kv = KVCache(
+        model.config,
+        batch_size=1,
+        capacity=len(prompt_ids) + config.max_tokens,
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+    generation.prompt_tokens = len(prompt_ids)
+    sampler, decoder = Sampler(config), tokenizer.decoder()
+    end_ids = set(model.config.eos_token_ids) or {tokenizer.eos_id}
+
+    start = time.perf_counter()
+    logits_V = model(torch.tensor([prompt_ids], device=weight.device), kv=kv, logits_to_keep=1)[0, -1]
+    token_id = sampler.draw(logits_V)
+    generation.prefill_seconds = time.perf_counter() - start
+
+    while token_id not in end_ids:
+        generation.token_ids.append(token_id)
+        piece = decoder.push(token_id)
+        generation.text += piece
+        yield piece
+        if len(generation.token_ids) == config.max_tokens:
+            break
+        start = time.perf_counter()
+        logits_V = model(torch.tensor([[token_id]], device=weight.device), kv=kv)[0, -1]
+        token_id = sampler.draw(logits_V)
+        generation.decode_seconds += time.perf_counter() - start
+    rest = decoder.flush()
+    generation.text += rest
+    yield rest
+
+
+def peak_bytes() -> int:
+    """Largest resident set of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _require_room(model: Transformer, prompt_tokens: int, max_tokens: int) -> None:
+    positions = model.config.max_position_embeddings
+    if prompt_tokens == 0:
+        raise UsageError("the prompt is empty; give at least one token of text with --prompt")
+    if prompt_tokens + max_tokens > positions:
+        room = positions - prompt_tokens
+        fix = f"lower --max-tokens to {room}" if room > 0 else "shorten the prompt"
+        raise UsageError(
+            f"the prompt has {prompt_tokens} tokens and --max-tokens is {max_tokens}, but the model has "
+            f"{positions} positions; {fix}"
+        )

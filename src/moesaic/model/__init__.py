@@ -1,0 +1,1 @@
+"""The model: a decoder whose feed-forward layers may be mixtures of experts."""

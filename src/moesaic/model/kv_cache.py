@@ -1,0 +1,60 @@
+"""Keys and values of the tokens seen so far, and where they stand.
+
+B batch, L new tokens, C capacity, G key-value heads, d head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from moesaic.config import ModelConfig
+from moesaic.errors import MoesaicError
+
+
+class KVCache:
+    """Room for `capacity` tokens of `batch_size` sequences in every layer.
+
+    A slot's position is -1 while it holds nothing or padding, so that sequences of unequal length share a batch.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        batch_size: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (
+            config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim,
+        )  # fmt: skip
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.positions = torch.full((batch_size, capacity), -1, dtype=torch.int64, device=device)
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.positions.shape[1]
+
+    @property
+    def next_positions(self) -> Tensor:
+        """(B,) the position that each sequence's next token takes."""
+        return self.positions.max(dim=1).values + 1
+
+    def extend(self, positions: Tensor) -> None:
+        """Claim slots for new tokens at positions (B, L); call once before the layers of a forward pass write."""
+        end = self.length + positions.shape[1]
+        if end > self.capacity:
+            raise MoesaicError(
+                f"the KV cache holds {self.capacity} tokens and {end} are needed; make it with capacity={end} or more"
+            )
+        self.positions[:, self.length : end] = positions
+        self.length = end
+
+    def write(self, layer_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this forward pass's keys and values (B, G, L, d); return all of the layer's, (B, G, length, d)."""
+        start = self.length - keys.shape[2]
+        self.keys[layer_index, :, :, start : self.length] = keys
+        self.values[layer_index, :, :, start : self.length] = values
+        return self.keys[layer_index, :, :, : self.length], self.values[layer_index, :, :, : self.length]

@@ -1,0 +1,97 @@
+"""How experts are computed: a table of backends and the choice among them.
+
+A backend is a function (x (T, D), Routing, ExpertWeights) -> y (T, D). It permutes locally, runs the experts and
+combines with the routing's weights, so that a kernel may fuse all three. Outputs and gradients equal `reference`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moesaic.errors import UsageError
+from moesaic.ops.grouped import grouped_experts
+from moesaic.ops.reference import reference_experts
+from moesaic.ops.routing import Routing
+from moesaic.ops.weights import ExpertWeights
+
+__all__ = ["BACKENDS", "Backend", "ExpertShape", "ExpertWeights", "Routing", "pick", "refusal"]
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """What a backend needs to know before it can accept a layer."""
+
+    hidden_size: int
+    moe_intermediate_size: int
+    device: str
+    """Device type: `cpu`, `cuda` ..."""
+    dtype: torch.dtype
+    """What the products are computed in."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute experts, and what it can do."""
+
+    run: Callable[[Tensor, Routing, ExpertWeights], Tensor]
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    formats: frozenset[str]
+    row_alignment_bytes: int = 1
+    """hidden_size and moe_intermediate_size must fill a multiple of this many bytes."""
+    has_gradients: bool = True
+    about: str = ""
+
+
+# In the order of preference: the first that accepts a layer is what `auto` means.
+BACKENDS: dict[str, Backend] = {
+    "grouped": Backend(
+        run=grouped_experts,
+        devices=frozenset({"cpu", "cuda"}),
+        dtypes=frozenset({torch.float32, torch.bfloat16}),
+        formats=frozenset({"float32", "bfloat16"}),
+        row_alignment_bytes=16,
+        about="grouped matrix products of torch over rows sorted by expert",
+    ),
+    "reference": Backend(
+        run=reference_experts,
+        devices=frozenset({"cpu", "cuda", "mps"}),
+        dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
+        formats=frozenset({"float32", "bfloat16"}),
+        about="a plain loop over experts; slow, right, everywhere",
+    ),
+}
+
+
+def refusal(name: str, shape: ExpertShape) -> str | None:
+    """Why backend `name` cannot compute a layer of this shape; None when it can."""
+    backend = BACKENDS[name]
+    if shape.device not in backend.devices:
+        return f"runs on {', '.join(sorted(backend.devices))}, not on {shape.device}"
+    if shape.dtype not in backend.dtypes:
+        return f"computes in {', '.join(sorted(map(str, backend.dtypes)))}, not in {shape.dtype}"
+    for field in ("hidden_size", "moe_intermediate_size"):
+        size = getattr(shape, field)
+        if size * shape.dtype.itemsize % backend.row_alignment_bytes:
+            alignment = backend.row_alignment_bytes
+            return f"{field} {size} x {shape.dtype.itemsize} bytes is not a multiple of {alignment} bytes"
+    return None
+
+
+def pick(name: str, shape: ExpertShape) -> str:
+    """The backend to use: `name` itself, or for `auto` the first that accepts the shape.
+
+    Raises:
+        UsageError: the name is unknown, or that backend refuses the shape; the alternatives are named.
+    """
+    if name == "auto":
+        return next(candidate for candidate in BACKENDS if refusal(candidate, shape) is None)
+    if name not in BACKENDS:
+        raise UsageError(f"unknown backend '{name}'; choose auto, {', '.join(BACKENDS)}")
+    reason = refusal(name, shape)
+    if reason is not None:
+        others = [other for other in BACKENDS if refusal(other, shape) is None]
+        raise UsageError(f"backend '{name}' cannot compute this layer: it {reason}; use {' or '.join(others)}")
+    return name

@@ -1,0 +1,74 @@
+"""Which instruction set this machine's CPU has, and whether the C++ kernels that use it are built.
+
+The native module asks the CPU itself. Without it torch's own kernels do all the work, so what torch reports counts.
+"""
+
+import importlib
+import platform
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+_LEVEL_OF_TORCH_CAPABILITY = {"AVX512": "avx512f", "AVX2": "avx2"}
+_FEATURES = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "neon",
+)  # fmt: skip
+_FEATURES_OF_LEVEL = {
+    "avx512f": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "neon": {"neon"},
+    "portable": set(),
+}
+
+
+def _load_native() -> tuple[ModuleType | None, str]:
+    """The native module, or None and why it is missing."""
+    try:
+        return importlib.import_module("moesaic._native"), ""
+    except ModuleNotFoundError:
+        return None, "not built"
+    except ImportError as error:
+        return None, f"built but does not load: {error}"
+
+
+def instruction_set() -> str:
+    """Best level: avx512_bf16, avx512_vnni, avx512f, avx2, neon or portable; csrc/cpu_features.h defines each."""
+    native, _ = _load_native()
+    if native is not None:
+        return native.instruction_set()
+    base = "neon" if platform.machine() in ("arm64", "aarch64") else "portable"
+    return _LEVEL_OF_TORCH_CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), base)
+
+
+def cpu_features() -> dict[str, bool]:
+    """Feature name, spelled as in /proc/cpuinfo, to whether CPU and operating system support it.
+
+    Without the native module only what torch itself would use counts as present.
+    """
+    native, _ = _load_native()
+    if native is not None:
+        return native.cpu_features()
+    present = _FEATURES_OF_LEVEL[instruction_set()]
+    return {name: name in present for name in _FEATURES}
+
+
+def native_status() -> str:
+    """One line: `built`, or why the C++ kernels are missing and the command that builds them."""
+    native, why = _load_native()
+    if native is not None:
+        return "built"
+    if why == "not built" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
+        return f"not built: this machine has no C++ compiler; install one, then: {_reinstall_command()}"
+    if why == "not built":
+        return f"not built: the compiler was missing or failed at installation; see why: {_reinstall_command()} -v"
+    return f"{why}; build it again: {_reinstall_command()}"
+
+
+def _reinstall_command() -> str:
+    root = Path(__file__).parents[3]
+    source = f"-e {shlex.quote(str(root))}" if (root / "CMakeLists.txt").is_file() else "SOURCE_FOLDER_OF_MOESAIC"
+    return f"{shlex.quote(sys.executable)} -m pip install --force-reinstall --no-deps {source}"

@@ -1,0 +1,63 @@
+"""Bring the rows of one expert together, and sum a token's rows again.
+
+T tokens, N assignments, E experts, K experts per token, D hidden size.
+
+When every token owns exactly K rows in token order, both directions (and both gradients) are gathers: fast on any
+device and bitwise repeatable. Otherwise the sum is an `index_add`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moesaic.ops.routing import Routing
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """The assignments of a routing in expert order."""
+
+    order: Tensor
+    """(N,) int64: position n of the sorted rows holds assignment `order[n]`."""
+    token_ids: Tensor
+    """(N,) int64: the token of each sorted row."""
+    expert_offsets: Tensor
+    """(E,) int32: where each expert's rows end."""
+    num_tokens: int
+    rows_of_token: Tensor | None
+    """(T, K) int64: the sorted rows of each token, when every token has K; else None."""
+
+
+def sort_by_expert(routing: Routing) -> Permutation:
+    """Stable sort of the assignments by expert, so that equal routings give equal row orders."""
+    order_N = torch.argsort(routing.expert_ids, stable=True)
+    rows_of_token_TK = None
+    if routing.top_k is not None:
+        row_of_assignment_N = torch.empty_like(order_N)
+        row_of_assignment_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+        rows_of_token_TK = row_of_assignment_N.view(-1, routing.top_k)
+    return Permutation(
+        order=order_N,
+        token_ids=routing.token_ids[order_N],
+        expert_offsets=routing.tokens_per_expert().cumsum(0).to(torch.int32),
+        num_tokens=routing.num_tokens,
+        rows_of_token=rows_of_token_TK,
+    )
+
+
+def permute(x: Tensor, permutation: Permutation) -> Tensor:
+    """Gather x (T, D) into expert order (N, D)."""
+    return x.index_select(0, permutation.token_ids)
+
+
+def unpermute(rows: Tensor, permutation: Permutation) -> Tensor:
+    """Sum rows (N, D) in expert order into tokens (T, D); tokens without a row get zeros."""
+    if permutation.rows_of_token is not None:
+        rows_of_token_TK = permutation.rows_of_token
+        y_TD = rows.index_select(0, rows_of_token_TK[:, 0])
+        for k in range(1, rows_of_token_TK.shape[1]):
+            y_TD += rows.index_select(0, rows_of_token_TK[:, k])
+        return y_TD
+    y_TD = rows.new_zeros(permutation.num_tokens, rows.shape[1])
+    return y_TD.index_add_(0, permutation.token_ids, rows)

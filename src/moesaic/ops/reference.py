@@ -1,0 +1,24 @@
+"""A plain loop over experts: the oracle that every other backend is compared with.
+
+T tokens, E experts, D hidden size, F expert intermediate size, n rows of one expert.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moesaic.ops.routing import Routing
+from moesaic.ops.weights import ExpertWeights
+
+
+def reference_experts(x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """Each expert in turn computes its tokens; x (T, D) -> y (T, D). Any floating dtype, any device, autograd."""
+    y_TD = torch.zeros_like(x)
+    for expert in range(weights.num_experts):
+        assignment_n = torch.nonzero(routing.expert_ids == expert).squeeze(1)
+        token_n = routing.token_ids[assignment_n]
+        gate_nF, up_nF = functional.linear(x[token_n], weights.gate_up[expert]).chunk(2, dim=-1)
+        out_nD = functional.linear(functional.silu(gate_nF) * up_nF, weights.down[expert])
+        weight_n1 = routing.weights[assignment_n].unsqueeze(1)
+        y_TD = y_TD.index_add(0, token_n, (out_nD * weight_n1).to(x.dtype))
+    return y_TD

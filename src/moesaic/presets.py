@@ -1,0 +1,31 @@
+"""Named models: fields of `ModelConfig` to start from, in TOML as `preset = "NAME"`.
+
+`demo-sparse` and `demo-dense` are twins: the same attention, and per token the same feed-forward work.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+_DEMO = {
+    "vocab_size": 1024,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+}
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "demo-sparse": {
+        **_DEMO,
+        "moe": {
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 64,
+            "router": "sigmoid_topk",
+            "routed_scaling_factor": 2.0,
+        },
+    },
+    "demo-dense": {**_DEMO, "intermediate_size": 256},
+}

@@ -1,0 +1,308 @@
+"""Text to token ids and back: bytes, a BPE trained here, or any tokenizer.json.
+
+One class covers all three, on the `tokenizers` library (imported when first needed). The byte tokenizer is a
+byte-level BPE without merges, so what `Tokenizer.save` writes is always a tokenizer.json that transformers reads.
+"""
+
+import functools
+import json
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesaic.errors import UsageError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+"""Ends every document in the tokenizers made here."""
+
+_KNOWN_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+_MIN_BPE_VOCABULARY = 257
+
+
+class Tokenizer:
+    """Ids for text and text for ids, with what a model needs to know about both.
+
+    `settings` is the content of tokenizer_config.json; it names the special tokens and may hold a chat template.
+    """
+
+    def __init__(self, rust_tokenizer: "tokenizers.Tokenizer", settings: Mapping[str, Any] | None = None) -> None:
+        self._rust = rust_tokenizer
+        self._rust.no_truncation()
+        self._rust.no_padding()
+        self._lock = threading.Lock()
+        self._settings = dict(settings or {})
+        self._vocabulary: dict[str, int] = self._rust.get_vocab(with_added_tokens=True)
+        self._structure: dict[str, Any] = json.loads(self._rust.to_str())
+        self.vocab_size: int = max(self._vocabulary.values()) + 1
+        self.eos_id = self._special_id("eos_token") if self._special_name("eos_token") else self._guess_eos_id()
+        self.bos_id = self._special_id("bos_token")
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special_tokens: bool = False) -> list[int]:
+        """The ids of `text`.
+
+        By default text is only text: `<|endoftext|>` typed by somebody is thirteen characters. A prompt takes
+        `add_special_tokens`, which runs the tokenizer's own template (a leading <s>, say); the output of a chat
+        template takes `parse_special_tokens`, which turns the names of special tokens into their ids.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # command-line bytes that were not UTF-8 arrive like this
+            raise UsageError(f"character {error.start} of the text cannot be written as UTF-8; remove it") from error
+        with self._lock:  # the flag belongs to the shared Rust object
+            self._rust.encode_special_tokens = not parse_special_tokens
+            return self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, in parallel over the cores."""
+        if self._is_bytes:
+            return [list(text.encode("utf-8")) for text in texts]
+        with self._lock:
+            self._rust.encode_special_tokens = True
+            return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self._rust.decode(list(ids), skip_special_tokens=True)
+
+    def decoder(self) -> "StreamDecoder":
+        """A decoder that takes one id at a time."""
+        return StreamDecoder(self)
+
+    def token_bytes(self) -> list[int]:
+        """For each id of the vocabulary how many bytes of UTF-8 text it stands for; 0 for special tokens.
+
+        Exact for byte-level tokenizers. SentencePiece kinds count a word boundary as one space, which is exact but
+        for text that their normaliser changes.
+        """
+        added = {token["id"]: token for token in self._structure.get("added_tokens", [])}
+        one_character_one_byte = _uses(self._structure.get("decoder"), "ByteLevel")
+        sizes = [0] * self.vocab_size
+        for token, token_id in self._vocabulary.items():
+            if token_id in added:
+                sizes[token_id] = 0 if added[token_id]["special"] else len(token.encode("utf-8"))
+            elif one_character_one_byte:
+                sizes[token_id] = len(token)
+            elif re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+                sizes[token_id] = 1
+            else:
+                sizes[token_id] = len(token.removeprefix("##").replace("\u2581", " ").encode("utf-8"))
+        return sizes
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._rust.save(str(directory / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        if self.eos_id is not None:
+            settings["eos_token"] = self._rust.id_to_token(self.eos_id)
+        text = json.dumps(settings | self._settings, indent=2, ensure_ascii=False)
+        (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The tokenizer.json text: two tokenizers are the same when these are equal."""
+        return self._rust.to_str()
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """One text from `messages` with keys `role` and `content`, ready for the assistant's answer.
+
+        Uses the chat template that came with the tokenizer, in a sandbox; without one, plain `role: content` lines.
+        Raises UsageError when the template is broken or refuses the messages.
+        """
+        template = self._chat_template
+        if template is None:
+            lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+            return "".join(lines) + ("assistant:" if add_generation_prompt else "")
+        from jinja2 import TemplateError
+
+        names = {key: self._special_name(key) or "" for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        try:
+            return _chat_environment().from_string(template).render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **names
+            )  # fmt: skip
+        except (TemplateError, TypeError, KeyError, ValueError, OverflowError) as error:
+            raise UsageError(f"the chat template of this tokenizer failed: {error}") from error
+
+    @property
+    def _chat_template(self) -> str | None:
+        template = self._settings.get("chat_template")
+        if isinstance(template, list):  # several named templates
+            return next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        return template
+
+    @functools.cached_property
+    def _is_bytes(self) -> bool:
+        """Whether id b is byte b for all 256 of them, with nothing to merge: then encoding needs no library."""
+        model = self._structure["model"]
+        only_special_added = all(token["special"] for token in self._structure["added_tokens"])
+        only_bytes = model["type"] == "BPE" and not model["merges"] and model["vocab"] == _byte_vocabulary()
+        return only_bytes and only_special_added and self._structure["normalizer"] is None
+
+    def _special_name(self, role: str) -> str | None:
+        name = self._settings.get(role)
+        return name["content"] if isinstance(name, dict) else name
+
+    def _special_id(self, role: str) -> int | None:
+        return self._vocabulary.get(self._special_name(role) or "")
+
+    def _guess_eos_id(self) -> int | None:
+        """A bare tokenizer.json does not say which token ends a text; the usual names do."""
+        specials = {token["content"]: token["id"] for token in self._structure["added_tokens"] if token["special"]}
+        return next((specials[name] for name in _KNOWN_EOS if name in specials), None)
+
+
+class StreamDecoder:
+    """Text as ids arrive. Text that later bytes may still change is held back until it is whole.
+
+    The pieces of `push` and the last one of `flush` add up to `decode` of all ids; where byte tokens of a SentencePiece
+    tokenizer are not UTF-8, only the number of U+FFFD may differ.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """The text that became certain with this id, often one token's, sometimes empty."""
+        self._pending.append(token_id)
+        text = self._new_text()
+        if not text or text.endswith("\ufffd"):  # an incomplete character decodes to U+FFFD
+            return ""
+        self._context, self._pending = self._pending, []
+        return text
+
+    def flush(self) -> str:
+        """What is still held back, when no more ids come."""
+        text = self._new_text()
+        self._context, self._pending = [], []
+        return text
+
+    def _new_text(self) -> str:
+        """Decoded after the piece before it, since some tokenizers drop the first space of a text."""
+        known = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._pending)[len(known) :]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Id b is byte b; id 256 ends a document."""
+    import tokenizers
+
+    rust = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=_byte_vocabulary(), merges=[]))
+    rust.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rust.decoder = tokenizers.decoders.ByteLevel()
+    rust.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(rust)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` entries, the same for the same texts; id 0 ends a document.
+
+    Little text yields fewer entries, since a pair must occur twice to be merged.
+    """
+    import tokenizers
+
+    if vocab_size < _MIN_BPE_VOCABULARY:
+        raise UsageError(
+            f"a BPE of {vocab_size} entries cannot hold the 256 bytes and the end of text; use bpe:512 or more"
+        )
+    rust = tokenizers.Tokenizer(tokenizers.models.BPE())
+    rust.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    rust.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(_byte_vocabulary()),
+        show_progress=False,
+    )
+    rust.train_from_iterator(texts, trainer)
+    return Tokenizer(rust)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, of a directory that holds one, or of a run directory.
+
+    Raises UsageError when there is none or it cannot be read.
+    """
+    import tokenizers
+
+    file = _find_tokenizer_file(Path(path).expanduser())
+    try:
+        rust = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise UsageError(f"{file} is not a readable tokenizer.json: {error}") from error
+    settings: dict[str, Any] = {}
+    settings_file = file.with_name("tokenizer_config.json")
+    if settings_file.is_file():
+        try:
+            settings = dict(json.loads(settings_file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise UsageError(f"{settings_file} is not a JSON object: {error}") from error
+    template_file = file.with_name("chat_template.jinja")
+    if template_file.is_file():
+        settings["chat_template"] = template_file.read_text(encoding="utf-8")
+    return Tokenizer(rust, settings)
+
+
+def bpe_size(spec: str) -> int | None:
+    """N of a `bpe:N` tokenizer spec, None for any other spec."""
+    kind, _, size = spec.partition(":")
+    if kind != "bpe":
+        return None
+    if not size.isdecimal() or int(size) < _MIN_BPE_VOCABULARY:
+        raise UsageError(f"tokenizer {spec!r} needs a size of {_MIN_BPE_VOCABULARY} or more; use bpe:2048")
+    return int(size)
+
+
+def tokenizer_vocab_size(spec: str) -> int:
+    """Vocabulary size of a `data.tokenizer` value: `bytes`, `bpe:N` or a path."""
+    if spec == "bytes":
+        return byte_tokenizer().vocab_size
+    return bpe_size(spec) or load_tokenizer(spec).vocab_size
+
+
+def _find_tokenizer_file(path: Path) -> Path:
+    candidates = [path] if path.is_file() else [path / "tokenizer.json", path / "data" / "tokenizer.json"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UsageError(f"no tokenizer at {path}; name `bytes`, `bpe:2048`, a tokenizer.json or a directory with one")
+
+
+@functools.cache
+def _byte_vocabulary() -> dict[str, int]:
+    """GPT-2's alphabet: each byte as one printable character, in byte order. Do not change the result."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    stand_ins: Iterator[int] = iter(range(256, 512))
+    return {chr(byte if byte in printable else next(stand_ins)): byte for byte in range(256)}
+
+
+def _uses(decoder: Mapping[str, Any] | None, kind: str) -> bool:
+    if decoder is None:
+        return False
+    return decoder["type"] == kind or any(_uses(inner, kind) for inner in decoder.get("decoders", []))
+
+
+@functools.cache
+def _chat_environment() -> Any:
+    """Chat templates come with downloaded models: they run in jinja2's sandbox, which can change nothing."""
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals["raise_exception"] = raise_exception
+    return environment

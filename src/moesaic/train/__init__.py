@@ -1,0 +1,1 @@
+"""Training: data, optimizer, loop, run states, screen."""

@@ -1,0 +1,75 @@
+"""What is written down about a run: one JSON object a line, and TensorBoard events when asked for.
+
+M mixture-of-experts layers, E experts.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moesaic.errors import UsageError
+from moesaic.model.balance import max_vio
+
+
+def load_statistics(load: Tensor) -> dict[str, Any]:
+    """Balance of loads (M, E): `max_vio`, `dead_experts` (no row in the batch) and `load`, each expert's share."""
+    if load.numel() == 0:
+        return {"max_vio": None, "dead_experts": None, "load": None}
+    share_ME = load / load.sum(1, keepdim=True).clamp_min(1)
+    return {
+        "max_vio": round(max_vio(load), 4),
+        "dead_experts": int((load == 0).sum()),
+        "load": [[round(share, 4) for share in layer] for layer in share_ME.tolist()],
+    }
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl`. A resumed run first drops the rows after the step it resumes from."""
+
+    def __init__(self, run_directory: Path, *, resume_step: int, tensorboard: bool = False) -> None:
+        self.path = run_directory / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
+        self._file = self.path.open("w", encoding="utf-8")
+        self._tensorboard = _tensorboard_writer(run_directory, resume_step) if tensorboard else None
+        for row in kept:
+            self._write_line(row)
+        self._file.flush()
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._write_line(row)
+        self._file.flush()
+        if self._tensorboard is not None:
+            for key, value in row.items():
+                if isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
+                    self._tensorboard.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _write_line(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a killed process left incomplete is dropped."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _tensorboard_writer(run_directory: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError:
+        raise UsageError("tensorboard = true needs the extra: pip install 'moesaic[tensorboard]'") from None
+    return SummaryWriter(str(run_directory / "tensorboard"), purge_step=resume_step + 1)

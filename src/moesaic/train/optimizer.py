@@ -1,0 +1,141 @@
+"""Which parameter is updated by what: AdamW for all, or Muon for the matrices and AdamW for the rest.
+
+E experts, M x N one matrix.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from moesaic.config import OptimizerConfig
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+class Muon(Optimizer):
+    """Momentum, orthogonalised by Newton-Schulz (K. Jordan et al., kellerjordan.github.io/posts/muon, 2024).
+
+    Differs from `torch.optim.Muon` in what mixtures of experts need: a parameter may be a stack of matrices
+    (..., M, N), each of which is orthogonalised alone, so an expert that saw few tokens moves as far as one that saw
+    many; and the iteration runs in the parameter's dtype on CPUs, where bfloat16 is slow. The update of an M x N matrix
+    is scaled by 0.2 sqrt(max(M, N)), which gives it the size of an AdamW update (arXiv 2502.16982).
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0, stacked: int = 1
+    ) -> None:
+        """`stacked` matrices of equal size stand on top of each other in the last two dimensions (2 in `gate_up`)."""
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "stacked": stacked})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None, "Muon takes one gradient per step"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"]
+                momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                nesterov = torch.lerp(parameter.grad, momentum, group["momentum"])
+                matrices = nesterov.unflatten(-2, (group["stacked"], -1))
+                update = orthogonalize(matrices).reshape(parameter.shape)
+                scale = 0.2 * max(matrices.shape[-2:]) ** 0.5
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update, alpha=-group["lr"] * scale)
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """(..., M, N) -> the nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2."""
+    a, b, c = _NEWTON_SCHULZ
+    x = matrices.flatten(0, -3) if matrices.ndim > 2 else matrices.unsqueeze(0)
+    tall = x.shape[-2] > x.shape[-1]
+    x = (x.mT if tall else x).contiguous()
+    if x.device.type == "cuda":
+        x = x.bfloat16()
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype).reshape(matrices.shape)
+
+
+def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
+    """One AdamW, and one Muon before it when asked for. Each group keeps its peak rate in `peak_lr`."""
+    by_role: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        by_role.setdefault(role_of(name, parameter), []).append(parameter)
+
+    def group(role: str, lr: float, weight_decay: float, **options: object) -> list[dict[str, Any]]:
+        parameters = by_role.get(role)
+        settings = {"lr": lr, "peak_lr": lr, "weight_decay": weight_decay, **options}
+        return [{"params": parameters, **settings}] if parameters else []
+
+    muon = config.name == "muon"
+    decay = config.weight_decay
+    matrix_groups = [
+        *group("gate_up", config.expert_lr if muon else config.lr, decay, **({"stacked": 2} if muon else {})),
+        *group("down", config.expert_lr if muon else config.lr, decay),
+        *group("matrix", config.matrix_lr if muon else config.lr, decay),
+    ]
+    other_groups = [
+        *group("embedding", config.lr, decay),
+        *group("router", config.router_lr, decay),
+        *group("vector", config.lr, 0.0),
+    ]
+    if muon:
+        adamw = AdamW(other_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        return [Muon(matrix_groups, lr=config.matrix_lr, momentum=config.momentum), adamw]
+    return [AdamW(matrix_groups + other_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
+
+
+def role_of(name: str, parameter: Tensor) -> str:
+    """How a parameter is treated: gate_up, down, matrix, embedding, router or vector."""
+    if parameter.ndim == 1:
+        return "vector"
+    if name.endswith(("experts.gate_up", "experts.down")):
+        return name.rsplit(".", 1)[1]
+    if name.startswith(("embed_tokens.", "lm_head.")):
+        return "embedding"
+    return "router" if name.endswith("router.weight") else "matrix"
+
+
+def set_learning_rates(optimizers: list[Optimizer], factor: float) -> None:
+    """Every group's rate becomes `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def optimizer_tensors(optimizers: list[Optimizer], model: nn.Module) -> dict[str, Tensor]:
+    """All moments by name, `NAME/MOMENT`, to be saved beside the parameters."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}/{moment}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for moment, value in state.items()
+    }
+
+
+def load_optimizer_tensors(optimizers: list[Optimizer], model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` returned."""
+    parameters = dict(model.named_parameters())
+    owner = {
+        parameter: optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for key, value in tensors.items():
+        name, moment = key.rsplit("/", 1)
+        parameter = parameters[name]
+        # AdamW counts its steps in a tensor on the CPU unless it is fused on another device.
+        device = parameter.device if moment != "step" or parameter.device.type == "cuda" else value.device
+        owner[parameter].state[parameter][moment] = value.to(device)

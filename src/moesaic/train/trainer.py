@@ -1,0 +1,247 @@
+"""The training loop: batch -> micro-batches -> loss -> update -> balance -> record, until the last step.
+
+B sequences of a micro-batch, L positions, V vocabulary, M mixture-of-experts layers, E experts.
+"""
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moesaic.accounting import flops_per_token
+from moesaic.checkpoint.run_state import RunState, save_run_state
+from moesaic.config import TrainConfig
+from moesaic.errors import MoesaicError
+from moesaic.model.balance import switch_loss, update_expert_bias, z_loss
+from moesaic.model.transformer import Transformer
+from moesaic.ops import Routing
+from moesaic.ops.device import measured_matmul_peak
+from moesaic.train.data import PreparedData, TrainBatches, validation_batches
+from moesaic.train.evaluate import Evaluation, evaluate
+from moesaic.train.metrics import MetricsLog, load_statistics
+from moesaic.train.optimizer import load_optimizer_tensors, make_optimizers, optimizer_tensors, set_learning_rates
+from moesaic.train.schedule import rate_factor
+from moesaic.train.screen import Screen
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did."""
+
+    loss: float
+    aux_loss: float
+    z_loss: float
+    grad_norm: float
+    load: Tensor
+    """(M, E) int64: rows that each expert received in the whole batch."""
+    skipped: bool
+    """The loss or the gradient was not finite, so nothing was changed."""
+
+
+class Trainer:
+    """One run: the model, its optimizers and where it stands. Everything that decides the next step is in the state."""
+
+    def __init__(self, config: TrainConfig, model: Transformer, data: PreparedData, run_directory: Path) -> None:
+        self.config = config
+        self.model = model
+        self.data = data
+        self.run_directory = run_directory
+        self.device = model.embed_tokens.weight.device
+        self.optimizers = make_optimizers(model, config.optimizer)
+        self.batches = TrainBatches(data.train, config.sequence_length, config.batch_size, config.seed)
+        self.token_bytes = torch.tensor(data.tokenizer.token_bytes())
+        self.step = 0
+        self.training_seconds = 0.0
+        self.nonfinite_steps = 0
+        self.stop_requested = False
+        model.activation_checkpointing = config.activation_checkpointing
+
+    def run(self, screen: Screen, resume_from: RunState | None = None) -> None:
+        """Train to the last step, or until `stop_requested`; either way the state is saved at the end.
+
+        Raises:
+            MoesaicError: the loss was not finite for `max_nonfinite_steps` steps in a row.
+        """
+        if resume_from is not None:
+            self._restore(resume_from)
+        log = MetricsLog(self.run_directory, resume_step=self.step, tensorboard=self.config.tensorboard)
+        peak_flops = measured_matmul_peak(self.device.type, DTYPES[self.config.dtype])
+        flops = flops_per_token(self.config.model, (self.config.sequence_length + 1) / 2).training
+        saved_step = self.step if resume_from is not None else None
+        try:
+            if saved_step is None:
+                saved_step = self._save(screen)  # so that a run can be resumed from its first moment on
+            while self.step < self.config.steps and not self.stop_requested:
+                start = time.perf_counter()
+                update = self.train_step()
+                seconds = time.perf_counter() - start
+                self.training_seconds += seconds
+                row = self._training_row(update, seconds, flops, peak_flops)
+                log.write(row)
+                screen.step(row)
+                self._count_skipped(update, screen)
+                if self._due(self.config.evaluate_every):
+                    row = self._evaluation_row(self.evaluate(), flops)
+                    log.write(row)
+                    screen.evaluation(row)
+                if self._due(self.config.checkpoint.save_every):
+                    saved_step = self._save(screen)
+            if saved_step != self.step:
+                self._save(screen)
+        finally:
+            log.close()
+
+    def train_step(self) -> Update:
+        """One optimizer step on batch number `self.step`; advances the step even when the update is skipped."""
+        set_learning_rates(self.optimizers, rate_factor(self.step, self.config.steps, self.config.schedule))
+        tokens_BL, targets_BL = (part.to(self.device) for part in self.batches.batch(self.step))
+        size = self.config.micro_batch_size or self.config.batch_size
+        losses = [
+            self._backward(tokens, targets)
+            for tokens, targets in zip(tokens_BL.split(size), targets_BL.split(size), strict=True)
+        ]
+        loss, aux, z = (sum(values) / len(losses) for values in zip(*(parts[:3] for parts in losses), strict=True))
+        load_ME = torch.stack([parts[3] for parts in losses]).sum(0)
+        clip = self.config.optimizer.gradient_clip or math.inf
+        grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+        skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        if not skipped:
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self._update_biases(load_ME)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return Update(loss, aux, z, grad_norm, load_ME, skipped)
+
+    def evaluate(self, max_tokens: int | None = None, num_domains: int = 1) -> Evaluation:
+        """Score the validation text, up to `evaluation_tokens` of it."""
+        config = self.config
+        batches = validation_batches(
+            self.data.validation,
+            config.sequence_length,
+            config.micro_batch_size or config.batch_size,
+            max_tokens or config.evaluation_tokens,
+        )
+        if num_domains == 1:
+            batches = ((tokens, targets, torch.zeros_like(domains)) for tokens, targets, domains in batches)
+        dtype = DTYPES[config.dtype]
+        return evaluate(self.model, batches, self.token_bytes, num_domains=num_domains, dtype=dtype)
+
+    def _backward(self, tokens: Tensor, targets: Tensor) -> tuple[float, float, float, Tensor]:
+        """Accumulate the gradients of one micro-batch; returns its loss, aux loss, z-loss and load (M, E).
+
+        All micro-batches hold equally many tokens, so the mean of their means is the batch's mean. The balance terms
+        are per micro-batch.
+        """
+        balance = self.config.balance
+        routings: list[Routing] = []
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            logits_BLV = self.model(tokens, routings=routings)
+        loss = functional.cross_entropy(logits_BLV.flatten(0, 1).float(), targets.flatten())
+        total, aux, z = loss, loss.new_zeros(()), loss.new_zeros(())
+        if routings and balance.aux_loss_coef:
+            pairs = zip(self.model.moe_layers, routings, strict=True)
+            aux = _mean(switch_loss(routing, layer.router.scores(routing.logits)) for layer, routing in pairs)
+            total = total + balance.aux_loss_coef * aux
+        if routings and balance.z_loss_coef:
+            z = _mean(z_loss(routing) for routing in routings)
+            total = total + balance.z_loss_coef * z
+        (total / self.config.micro_batches).backward()
+        load = [routing.tokens_per_expert() for routing in routings]
+        load_ME = torch.stack(load) if load else torch.zeros(0, 0, dtype=torch.int64)
+        return float(loss.detach()), float(aux.detach()), float(z.detach()), load_ME
+
+    def _update_biases(self, load: Tensor) -> None:
+        rate = self.config.balance.bias_update_rate
+        if rate:
+            for layer, load_E in zip(self.model.moe_layers, load, strict=True):
+                update_expert_bias(layer.router, load_E, rate)
+
+    def _count_skipped(self, update: Update, screen: Screen) -> None:
+        if not update.skipped:
+            self.nonfinite_steps = 0
+            return
+        self.nonfinite_steps += 1
+        screen.note(f"step {self.step}: the loss or its gradient is not finite; this update was skipped")
+        if self.nonfinite_steps >= self.config.max_nonfinite_steps:
+            raise MoesaicError(
+                f"{self.nonfinite_steps} updates in a row were not finite, the last at step {self.step}; lower "
+                f"optimizer.lr (and matrix_lr, expert_lr), or go back to a saved state with --resume"
+            )
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def _progress(self) -> dict[str, Any]:
+        tokens = self.step * self.config.tokens_per_step
+        return {"step": self.step, "tokens": tokens, "seconds": round(self.training_seconds, 4)}
+
+    def _training_row(self, update: Update, seconds: float, flops: float, peak_flops: float) -> dict[str, Any]:
+        tokens_per_second = self.config.tokens_per_step / seconds
+        return {
+            "kind": "train",
+            **self._progress(),
+            "loss": _finite(update.loss),
+            "aux_loss": _finite(update.aux_loss),
+            "z_loss": _finite(update.z_loss),
+            "lr": self.optimizers[0].param_groups[0]["lr"],
+            "grad_norm": _finite(update.grad_norm),
+            "tokens_per_second": round(tokens_per_second, 1),
+            "mfu": round(tokens_per_second * flops / peak_flops, 4),
+            **load_statistics(update.load),
+            "skipped": update.skipped,
+        }
+
+    def _evaluation_row(self, evaluation: Evaluation, flops: float) -> dict[str, Any]:
+        progress = self._progress()
+        return {
+            "kind": "eval",
+            **progress,
+            "flops": progress["tokens"] * flops,
+            "val_loss": _finite(evaluation.loss),
+            "bits_per_byte": _finite(evaluation.bits_per_byte),
+            **load_statistics(evaluation.load.sum(0)),
+        }
+
+    def _save(self, screen: Screen) -> int:
+        """Write the state of this step; older ones stay whole if the disk is full."""
+        moments = optimizer_tensors(self.optimizers, self.model)
+        tensors = {
+            **{f"model.{name}": value for name, value in self.model.state_dict().items()},
+            **{f"optimizer.{name}": value for name, value in moments.items()},
+        }
+        extra = {
+            **self._progress(),
+            "training_seconds": self.training_seconds,
+            "nonfinite_steps": self.nonfinite_steps,
+            "rng_state": torch.get_rng_state().tolist(),
+        }
+        save_run_state(self.run_directory, self.step, tensors, extra, keep=self.config.checkpoint.keep)
+        screen.note(f"step {self.step}: state saved")
+        return self.step
+
+    def _restore(self, state: RunState) -> None:
+        self.model.load_state_dict(state.load_tensors("model"))
+        load_optimizer_tensors(self.optimizers, self.model, state.load_tensors("optimizer"))
+        self.step = state.step
+        self.training_seconds = state.extra["training_seconds"]
+        self.nonfinite_steps = state.extra["nonfinite_steps"]
+        torch.set_rng_state(torch.tensor(state.extra["rng_state"], dtype=torch.uint8))
+
+
+def _mean(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).mean()
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,212 @@
+"""What transformers saves, we load: same logits. What does not fit is named. Runs load their newest good state."""
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from moesaic.checkpoint.load import load, load_tokenizer
+from moesaic.checkpoint.run_state import save_run_state
+from moesaic.config import TrainConfig
+from moesaic.config_io import write_train_config
+from moesaic.errors import MoesaicError, UsageError
+from moesaic.tokenizer import byte_tokenizer
+
+from .helpers import CONFIGS, HF_CONFIGS, largest_difference, random_model, random_tokens, save_hf_model
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(directory: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
+    edit(tensors)
+    safetensors.torch.save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", HF_CONFIGS)
+def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    theirs = save_hf_model(HF_CONFIGS[name], tmp_path)
+    ours = load(tmp_path)
+    assert largest_difference(ours, theirs) < 1e-4
+    assert {tensor.dtype for tensor in ours.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe"])
+def test_shards_and_fused_experts_give_the_same_model(tmp_path: Path, name: str) -> None:
+    theirs = save_hf_model(HF_CONFIGS[name], tmp_path / "whole")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert largest_difference(load(tmp_path / "shards"), theirs) < 1e-4
+
+    def fuse(tensors: dict[str, Tensor]) -> None:
+        for prefix in {key.split(".experts.0.")[0] for key in tensors if ".experts.0." in key}:
+
+            def stacked(leaf: str, prefix: str = prefix) -> Tensor:
+                return torch.stack([tensors.pop(f"{prefix}.experts.{e}.{leaf}.weight") for e in range(6)])
+
+            tensors[f"{prefix}.experts.gate_up_proj"] = torch.cat((stacked("gate_proj"), stacked("up_proj")), dim=1)
+            tensors[f"{prefix}.experts.down_proj"] = stacked("down_proj")
+
+    edit_tensors(tmp_path / "whole", fuse)
+    assert largest_difference(load(tmp_path / "whole"), theirs) < 1e-4
+
+
+def test_old_config_spellings_mean_the_same(tmp_path: Path) -> None:
+    theirs = save_hf_model(HF_CONFIGS["glm4_moe without qk_norm"], tmp_path)
+    edit_config(
+        tmp_path, rope_parameters=None, rope_scaling=None, rope_theta=10000, partial_rotary_factor=0.25,
+        dtype=None, torch_dtype="float32",
+    )  # fmt: skip
+    assert largest_difference(load(tmp_path), theirs) < 1e-4
+
+
+def test_multi_token_prediction_layers_are_skipped(tmp_path: Path) -> None:
+    theirs = save_hf_model(HF_CONFIGS["glm4_moe"], tmp_path)
+    mtp = {"model.layers.3.eh_proj.weight": torch.randn(4, 8), "model.layers.3.mlp.gate.weight": torch.randn(6, 32)}
+    edit_tensors(tmp_path, lambda tensors: tensors.update(mtp))
+    assert largest_difference(load(tmp_path), theirs) < 1e-4
+
+
+def test_tied_head_on_disk_is_not_used(tmp_path: Path) -> None:
+    theirs = save_hf_model(HF_CONFIGS["qwen3 tied, biased"], tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.randn(97, 32)}))
+    assert largest_difference(load(tmp_path), theirs) < 1e-4
+
+
+@pytest.mark.parametrize(("stored", "router"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_dtype_of_bfloat16_models(tmp_path: Path, stored: str, router: torch.dtype) -> None:
+    """Weights take the dtype asked for; routers stored as float32 stay so, and the selection bias always is."""
+    save_hf_model(HF_CONFIGS["glm4_moe"], tmp_path)
+    exact = load(tmp_path).state_dict()
+    if stored == "bfloat16":
+        edit_config(tmp_path, dtype="bfloat16")
+        edit_tensors(tmp_path, lambda tensors: tensors.update({k: v.bfloat16() for k, v in tensors.items()}))
+    model = load(tmp_path, dtype="auto" if stored == "bfloat16" else "bfloat16")
+    for name, tensor in model.state_dict().items():
+        if name.endswith("expert_bias"):
+            assert tensor.dtype == torch.float32
+        else:
+            assert tensor.dtype == (router if name.endswith("router.weight") else torch.bfloat16), name
+        torch.testing.assert_close(tensor.float(), exact[name], rtol=2**-8, atol=0)
+    assert torch.isfinite(model(random_tokens())).all()
+    assert load(tmp_path, dtype="float32").embed_tokens.weight.dtype == torch.float32
+
+
+def test_generation_config_says_where_to_stop(tmp_path: Path) -> None:
+    save_hf_model(HF_CONFIGS["qwen3"], tmp_path)
+    assert load(tmp_path).config.eos_token_ids == (3, 5)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+    assert load(tmp_path).config.eos_token_ids == (7, 5)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "end"}')
+    with pytest.raises(MoesaicError, match="eos_token_id is 'end'"):
+        load(tmp_path)
+
+
+def drop(name: str) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.__delitem__(name)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (drop("model.norm.weight"), "model.norm.weight is missing (expected [32])"),
+        (drop("lm_head.weight"), "lm_head.weight is missing (expected [97, 32])"),
+        (
+            drop("model.layers.2.mlp.experts.4.up_proj.weight"),
+            "model.layers.2.mlp.experts.4.up_proj.weight is missing (expected [24, 32])",
+        ),
+        (
+            lambda tensors: tensors.update({"model.layers.1.mlp.experts.0.down_proj.weight": torch.zeros(24, 32)}),
+            "model.layers.1.mlp.experts.0.down_proj.weight has shape [24, 32], expected [32, 24]",
+        ),
+        (
+            lambda tensors: tensors.update({"model.layers.1.mlp.experts.6.down_proj.weight": torch.zeros(32, 24)}),
+            "model.layers.1.mlp.experts.6.down_proj.weight [32, 24] is unknown",
+        ),
+        (
+            lambda tensors: tensors.update({"model.layers.1.self_attn.sinks": torch.zeros(4)}),
+            "model.layers.1.self_attn.sinks [4] is unknown",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    tmp_path: Path, edit: Callable[[dict[str, Tensor]], None], message: str
+) -> None:
+    save_hf_model(HF_CONFIGS["qwen3_moe"], tmp_path)
+    edit_tensors(tmp_path, edit)
+    with pytest.raises(MoesaicError, match=re.escape(message)) as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_output_bias_is_refused_when_it_does_something(tmp_path: Path) -> None:
+    save_hf_model(HF_CONFIGS["qwen3 tied, biased"], tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors["model.layers.1.self_attn.o_proj.bias"][5].fill_(1e-3))
+    with pytest.raises(MoesaicError, match=r"layers\.1\.self_attn\.o_proj\.bias .* is not zero"):
+        load(tmp_path)
+
+
+def test_wrong_dtype_and_device_are_wrong_requests(tmp_path: Path) -> None:
+    for arguments in ({"dtype": "int3"}, {"device": "abacus"}):
+        with pytest.raises(UsageError, match=r"is not known; choose auto|is not here; this machine has"):
+            load(tmp_path, **arguments)
+
+
+def make_run(directory: Path, name: str = "sigmoid", steps: tuple[int, ...] = (1, 2)) -> dict[int, dict[str, Tensor]]:
+    """A run directory as training leaves it; returns the weights of each saved step."""
+    directory.mkdir(parents=True)
+    write_train_config(TrainConfig(model=CONFIGS[name], sequence_length=32), directory / "config.json")
+    byte_tokenizer().save(directory / "data")
+    saved = {}
+    for step in steps:
+        saved[step] = random_model(CONFIGS[name]).state_dict()
+        tensors = {f"model.{key}": tensor for key, tensor in saved[step].items()}
+        save_run_state(directory, step, tensors | {"optimizer.x": torch.zeros(3)}, {})
+    return saved
+
+
+@pytest.mark.parametrize("name", ["dense tied, biased", "softmax, dense first", "sigmoid, shared, partial rope"])
+def test_run_loads_its_newest_state(tmp_path: Path, name: str) -> None:
+    saved = make_run(tmp_path / "run", name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load(tmp_path / "run")
+    assert model.config == CONFIGS[name]
+    assert model.state_dict().keys() == saved[2].keys()
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, saved[2][key])
+    assert load(tmp_path / "run", dtype="bfloat16").embed_tokens.weight.dtype == torch.bfloat16
+    assert load_tokenizer(tmp_path / "run").encode("ab") == [97, 98]
+
+
+def test_run_with_a_damaged_state_says_so_and_loads_the_older(tmp_path: Path) -> None:
+    saved = make_run(tmp_path / "run")
+    (tmp_path / "run" / "states" / "step-00000002" / "model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"step 2 is damaged \(model\.safetensors.*going back to step 1"):
+        model = load(tmp_path / "run")
+    assert torch.equal(model.state_dict()["norm.weight"], saved[1]["norm.weight"])
+
+
+def test_run_whose_weights_do_not_fit_its_config(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "sigmoid")
+    write_train_config(TrainConfig(model=CONFIGS["softmax"], sequence_length=32), tmp_path / "run" / "config.json")
+    with pytest.raises(MoesaicError, match=r"router\.expert_bias \[5\] is unknown"):
+        load(tmp_path / "run")
+
+
+def test_run_without_states_is_a_wrong_request(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "states")
+    with pytest.raises(UsageError, match="no saved state"):
+        load(tmp_path / "run")

@@ -1,0 +1,138 @@
+"""What we export, transformers loads: same logits, same tokens, nothing missing. What no family can say is refused."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from moesaic.checkpoint.load import load, load_tokenizer
+from moesaic.checkpoint.save import export_model
+from moesaic.config import ModelConfig
+from moesaic.errors import MoesaicError, UsageError
+from moesaic.tokenizer import byte_tokenizer
+
+from .helpers import CONFIGS, largest_difference, random_model, randomize
+
+
+def load_theirs(directory: Path) -> transformers.PreTrainedModel:
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    model, report = loaded
+    assert not any(report.values()), report
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_computes_the_same_and_we_read_it_back(tmp_path: Path, name: str) -> None:
+    ours = random_model(CONFIGS[name])
+    model_type = export_model(ours, None, tmp_path / "out")
+    theirs = load_theirs(tmp_path / "out")
+    expected_type = {"dense": "qwen3", "softmax": "qwen3_moe", "sigmoid": "glm4_moe"}
+    assert theirs.config.model_type == model_type == expected_type[name.replace(",", "").split()[0]]
+    assert largest_difference(ours, theirs) < 1e-4
+
+    again = load(tmp_path / "out")
+    assert replace(again.config, initializer_range=0.0) == replace(ours.config, initializer_range=0.0)
+    assert again.state_dict().keys() == ours.state_dict().keys()
+    for key, tensor in again.state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(("factor", "exact"), [(2.0, True), (2.5, False)])
+def test_scaling_that_qwen3_moe_cannot_say_goes_into_the_experts(tmp_path: Path, factor: float, exact: bool) -> None:
+    softmax = CONFIGS["softmax"]
+    assert softmax.moe is not None
+    ours = random_model(replace(softmax, moe=replace(softmax.moe, routed_scaling_factor=factor)))
+    export_model(ours, None, tmp_path / "out")
+    assert largest_difference(ours, load_theirs(tmp_path / "out")) < 1e-4
+    down = load(tmp_path / "out").state_dict()["layers.1.feed_forward.experts.down"]
+    restored = down / factor
+    original = ours.state_dict()["layers.1.feed_forward.experts.down"]
+    assert torch.equal(restored, original) or not exact
+    torch.testing.assert_close(restored, original)
+
+
+def test_shards_and_bfloat16(tmp_path: Path) -> None:
+    ours = random_model(CONFIGS["sigmoid"]).bfloat16()
+    for moe in ours.moe_layers:
+        moe.router.float()
+    export_model(ours, None, tmp_path / "out", max_shard_bytes=20_000)
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    assert load_theirs(tmp_path / "out").dtype == torch.bfloat16
+    again = load(tmp_path / "out")
+    for key, tensor in again.state_dict().items():
+        expected = ours.state_dict()[key]
+        assert tensor.dtype == expected.dtype, key
+        assert torch.equal(tensor, expected), key
+
+
+def test_transformers_reads_the_tokenizer_and_generates_the_same(tmp_path: Path) -> None:
+    config = replace(CONFIGS["sigmoid, shared, partial rope"], vocab_size=257)
+    ours = random_model(config)
+    tokenizer = byte_tokenizer()
+    export_model(ours, tokenizer, tmp_path / "out")
+    text = "naïve \N{SNOWMAN}\n\tdef f(x): return x<|endoftext|>"
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert load_tokenizer(tmp_path / "out").encode(text) == tokenizer.encode(text)
+    assert their_tokenizer.decode(tokenizer.encode(text)) == text
+    assert their_tokenizer.eos_token_id == tokenizer.eos_id == 256
+    assert load(tmp_path / "out").config.eos_token_ids == (256,)
+
+    theirs: Any = load_theirs(tmp_path / "out")
+    prompt = torch.tensor([tokenizer.encode("Once")])
+    generated = theirs.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    tokens = prompt
+    with torch.no_grad():
+        for _ in range(12):
+            tokens = torch.cat((tokens, ours(tokens)[:, -1:].argmax(-1)), dim=1)
+    assert generated.tolist() == tokens.tolist()
+
+
+def test_published_spellings_are_written(tmp_path: Path) -> None:
+    """Names that vLLM and llama.cpp's converter look for, beside those of transformers 5."""
+    export_model(random_model(CONFIGS["softmax, dense first"]), None, tmp_path / "softmax")
+    softmax = json.loads((tmp_path / "softmax" / "config.json").read_text())
+    assert softmax["num_experts"] == 5
+    assert softmax["mlp_only_layers"] == [0, 1]
+    assert softmax["rope_theta"] == softmax["rope_parameters"]["rope_theta"] == 10000.0
+    export_model(random_model(CONFIGS["sigmoid, shared, partial rope"]), None, tmp_path / "sigmoid")
+    sigmoid = json.loads((tmp_path / "sigmoid" / "config.json").read_text())
+    assert (sigmoid["n_group"], sigmoid["topk_group"], sigmoid["num_nextn_predict_layers"]) == (1, 1, 0)
+    assert sigmoid["partial_rotary_factor"] == sigmoid["rope_parameters"]["partial_rotary_factor"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "moe_changes", "message"),
+    [
+        ("dense", {"qk_norm": False}, {}, "qwen3 always normalises .* qk_norm = false"),
+        ("dense", {"partial_rotary_factor": 0.5}, {}, "qwen3 turns whole heads"),
+        ("softmax", {"qk_norm": False}, {}, "qwen3_moe always normalises"),
+        ("softmax", {"partial_rotary_factor": 0.5}, {}, "partial_rotary_factor = 0.5; .*glm4_moe"),
+        ("softmax", {}, {"n_shared_experts": 2}, "no shared experts.*n_shared_experts = 2"),
+        ("sigmoid", {}, {"num_experts": 1, "num_experts_per_tok": 1}, "at least 2 experts"),
+    ],
+)
+def test_what_a_family_cannot_say_is_refused_by_name(
+    tmp_path: Path, name: str, changes: dict[str, object], moe_changes: dict[str, object], message: str
+) -> None:
+    config = CONFIGS[name]
+    moe = replace(config.moe, **moe_changes) if config.moe else None
+    config: ModelConfig = replace(config, moe=moe, **changes)
+    with pytest.raises(MoesaicError, match=message):
+        export_model(random_model(config), None, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_existing_directories_are_not_overwritten(tmp_path: Path) -> None:
+    model = random_model(CONFIGS["dense"])
+    (tmp_path / "thesis").mkdir()
+    export_model(model, None, tmp_path / "thesis")  # empty: welcome
+    before = (tmp_path / "thesis" / "model.safetensors").read_bytes()
+    randomize(model)
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        export_model(model, None, tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "model.safetensors").read_bytes() == before

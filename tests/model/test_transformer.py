@@ -1,0 +1,163 @@
+"""The whole decoder: KV cache, padding, checkpointing, construction. B sequences, L positions."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from moesaic.config import ModelConfig, MoEConfig
+from moesaic.errors import MoesaicError, UsageError
+from moesaic.model.kv_cache import KVCache
+from moesaic.model.transformer import Transformer
+from moesaic.ops import Routing
+
+SPARSE = ModelConfig(
+    vocab_size=60,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    initializer_range=0.2,
+    moe=MoEConfig(
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        router="sigmoid_topk",
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        routed_scaling_factor=2.0,
+    ),
+)
+CONFIGS = {
+    "sparse": SPARSE,
+    "softmax": replace(SPARSE, moe=MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)),
+    "dense, tied": replace(SPARSE, moe=None, tie_word_embeddings=True),
+    "no QK-norm, biases, partial RoPE": replace(SPARSE, qk_norm=False, attention_bias=True, partial_rotary_factor=0.5),
+}
+
+
+def build(config: ModelConfig, backend: str = "auto") -> Transformer:
+    model = Transformer(config, backend)
+    model.init_weights(int(torch.randint(0, 2**31, ())))
+    return model
+
+
+def random_tokens(batch: int, length: int) -> Tensor:
+    return torch.randint(0, SPARSE.vocab_size, (batch, length))
+
+
+def gradients(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(tokens).square().mean().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoding_with_the_cache_equals_the_full_forward_pass(name: str) -> None:
+    model, tokens = build(CONFIGS[name]), random_tokens(2, 14)
+    full = model(tokens)
+    kv = KVCache(model.config, batch_size=2, capacity=14)
+    parts = [model(tokens[:, :6], kv=kv), model(tokens[:, 6:9], kv=kv)]
+    parts += [model(tokens[:, index : index + 1], kv=kv) for index in range(9, 14)]
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_left_padding_changes_no_logit_also_while_decoding(name: str) -> None:
+    model, tokens = build(CONFIGS[name]), random_tokens(2, 10)
+    positions = torch.stack([torch.cat([torch.full((3,), -1), torch.arange(7)]), torch.arange(10)])
+    alone = model(tokens[:1, 3:])
+    torch.testing.assert_close(model(tokens, positions)[:1, 3:], alone, rtol=1e-4, atol=1e-4)
+    kv = KVCache(model.config, batch_size=2, capacity=11)
+    model(tokens, positions, kv)
+    following = random_tokens(2, 1)
+    expected = model(torch.cat([tokens[:1, 3:], following[:1]], 1))[:, -1]
+    torch.testing.assert_close(model(following, kv=kv)[:1, -1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_not_routed() -> None:
+    model, tokens, routings = build(SPARSE), random_tokens(2, 10), list[Routing]()
+    positions = torch.stack([torch.cat([torch.full((4,), -1), torch.arange(6)]), torch.arange(10)])
+    model(tokens, positions, routings=routings)
+    assert [int(routing.tokens_per_expert().sum()) for routing in routings] == [16 * 2] * 2
+
+
+def test_no_token_sees_what_comes_after_it() -> None:
+    model, tokens = build(SPARSE), random_tokens(1, 12)
+    changed = tokens.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % SPARSE.vocab_size
+    torch.testing.assert_close(model(tokens)[:, :7], model(changed)[:, :7])
+
+
+def test_activation_checkpointing_gives_the_same_gradients_and_counts_the_load_once() -> None:
+    model, tokens = build(SPARSE), random_tokens(3, 9)
+    expected = gradients(model, tokens)
+    model.activation_checkpointing = True
+    assert all(torch.equal(expected[name], grad) for name, grad in gradients(model, tokens).items())
+    routings: list[Routing] = []
+    model(tokens, routings=routings).sum().backward()
+    assert [int(routing.tokens_per_expert().sum()) for routing in routings] == [27 * 2] * 2
+
+
+def test_recomputation_keeps_the_experts_that_the_forward_pass_chose() -> None:
+    """Moving the selection bias between forward and backward changes no gradient: the choice is replayed."""
+    model, tokens = build(SPARSE), random_tokens(3, 9)
+    expected = gradients(model, tokens)
+    model.activation_checkpointing = True
+    model.zero_grad()
+    loss = model(tokens).square().mean()
+    for layer in model.moe_layers:
+        assert layer.router.expert_bias is not None
+        layer.router.expert_bias.copy_(torch.randn(8))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_backends_agree_on_the_gradients_of_a_whole_model() -> None:
+    model, tokens = build(SPARSE, "grouped"), random_tokens(3, 9)
+    oracle = Transformer(SPARSE, "reference").double()
+    oracle.load_state_dict(model.state_dict())
+    for name, grad in gradients(oracle, tokens).items():
+        torch.testing.assert_close(gradients(model, tokens)[name].double(), grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_meta_device_takes_no_memory_and_two_models_live_side_by_side() -> None:
+    huge = replace(SPARSE, vocab_size=10**6, hidden_size=8192, num_hidden_layers=4)
+    with torch.device("meta"):
+        model = Transformer(huge)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    first, second, tokens = build(SPARSE, "grouped"), build(CONFIGS["softmax"], "reference"), random_tokens(1, 5)
+    before = first(tokens)
+    second(tokens)
+    assert torch.equal(first(tokens), before)
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    first, second, third = (Transformer(SPARSE) for _ in range(3))
+    first.init_weights(3)
+    torch.rand(5)
+    second.init_weights(3)
+    third.init_weights(4)
+    states = [model.state_dict() for model in (first, second, third)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["lm_head.weight"], states[2]["lm_head.weight"])
+
+
+def test_logits_to_keep_are_the_last_ones() -> None:
+    model, tokens = build(SPARSE), random_tokens(2, 8)
+    torch.testing.assert_close(model(tokens, logits_to_keep=2), model(tokens)[:, -2:])
+
+
+def test_a_full_cache_names_its_capacity() -> None:
+    model, tokens = build(SPARSE), random_tokens(1, 8)
+    with pytest.raises(MoesaicError, match="holds 7 tokens and 8 are needed"):
+        model(tokens, kv=KVCache(SPARSE, batch_size=1, capacity=7))
+
+
+def test_an_unknown_backend_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="unknown backend 'fast'"):
+        build(SPARSE, "fast")(random_tokens(1, 2))

@@ -1,0 +1,140 @@
+"""Muon against torch.optim.Muon and a plain computation; parameter roles; saving of moments. E experts."""
+
+import pytest
+import torch
+from torch import nn
+
+from moesaic.config import ModelConfig, MoEConfig, OptimizerConfig
+from moesaic.model.transformer import Transformer
+from moesaic.train.optimizer import (
+    Muon,
+    load_optimizer_tensors,
+    make_optimizers,
+    optimizer_tensors,
+    orthogonalize,
+    role_of,
+    set_learning_rates,
+)
+
+CONFIG = ModelConfig(
+    vocab_size=40,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    moe=MoEConfig(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, router="sigmoid_topk", n_shared_experts=1
+    ),
+)
+
+
+def make_model(seed: int = 0) -> Transformer:
+    model = Transformer(CONFIG)
+    model.init_weights(seed)
+    return model
+
+
+def train_steps(model: Transformer, optimizers: list[torch.optim.Optimizer], steps: range) -> None:
+    for step in steps:
+        tokens = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(step))
+        model(tokens).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
+def test_muon_equals_torch_muon_on_one_matrix(shape: tuple[int, int]) -> None:
+    """torch's iterates in bfloat16, hence the tolerance; three updates with momentum and decay."""
+    start = torch.randn(shape)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    our_optimizer = Muon([ours], lr=0.1, momentum=0.9, weight_decay=0.1)
+    their_optimizer = torch.optim.Muon([theirs], lr=0.1, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        our_optimizer.step()
+        their_optimizer.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.03 * moved
+
+
+def test_each_expert_is_orthogonalised_alone() -> None:
+    gradient = torch.randn(5, 12, 8) * torch.logspace(-6, 2, 5)[:, None, None]
+    together = orthogonalize(gradient)
+    for expert in range(5):
+        torch.testing.assert_close(together[expert], orthogonalize(gradient[expert]), rtol=1e-4, atol=1e-5)
+    singular_values = torch.linalg.svdvals(together)
+    assert singular_values.min() > 0.5
+    assert singular_values.max() < 1.3
+
+
+def test_gate_and_up_are_orthogonalised_apart() -> None:
+    parameter = nn.Parameter(torch.randn(3, 20, 8))
+    start = parameter.detach().clone()
+    parameter.grad = torch.randn(3, 20, 8)
+    Muon([parameter], lr=1.0, momentum=0.0, stacked=2).step()
+    update = start - parameter.detach()
+    for half in (slice(0, 10), slice(10, 20)):
+        torch.testing.assert_close(
+            update[:, half], orthogonalize(parameter.grad[:, half]) * 0.2 * 10**0.5, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_an_expert_without_tokens_keeps_its_weights_but_for_the_decay() -> None:
+    parameter = nn.Parameter(torch.randn(2, 8, 8))
+    start = parameter.detach().clone()
+    parameter.grad = torch.stack([torch.randn(8, 8), torch.zeros(8, 8)])
+    Muon([parameter], lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(parameter[1].detach(), start[1] * 0.95)
+
+
+def test_every_parameter_has_a_role() -> None:
+    roles = {name: role_of(name, parameter) for name, parameter in make_model().named_parameters()}
+    assert roles["layers.0.feed_forward.experts.gate_up"] == "gate_up"
+    assert roles["layers.0.feed_forward.experts.down"] == "down"
+    assert roles["layers.1.feed_forward.router.weight"] == "router"
+    assert roles["layers.1.feed_forward.shared_experts.up_proj.weight"] == "matrix"
+    assert roles["layers.0.attention.q_norm.weight"] == "vector"
+    assert roles["embed_tokens.weight"] == roles["lm_head.weight"] == "embedding"
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_moves_once_and_vectors_do_not_decay(name: str) -> None:
+    model = make_model()
+    optimizers = make_optimizers(model, OptimizerConfig(name=name))  # type: ignore[arg-type]
+    owned = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(owned) == len(set(owned)) == len(list(model.parameters()))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            assert (group["weight_decay"] == 0) == all(parameter.ndim == 1 for parameter in group["params"])
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    train_steps(model, optimizers, range(3))
+    assert all(not torch.equal(value, before[name]) for name, value in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_that_are_put_back_continue_bitwise(name: str) -> None:
+    config = OptimizerConfig(name=name)  # type: ignore[arg-type]
+    straight, broken = make_model(), make_model()
+    optimizers = make_optimizers(straight, config)
+    train_steps(straight, optimizers, range(6))
+
+    optimizers = make_optimizers(broken, config)
+    train_steps(broken, optimizers, range(3))
+    moments = {key: value.clone() for key, value in optimizer_tensors(optimizers, broken).items()}
+    resumed = make_model(seed=1)
+    resumed.load_state_dict(broken.state_dict())
+    optimizers = make_optimizers(resumed, config)
+    load_optimizer_tensors(optimizers, resumed, moments)
+    train_steps(resumed, optimizers, range(3, 6))
+    expected = straight.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.state_dict().items())
+
+
+def test_rates_are_a_factor_on_each_groups_peak() -> None:
+    optimizers = make_optimizers(make_model(), OptimizerConfig(name="muon", lr=0.1, matrix_lr=0.2, router_lr=0.3))
+    set_learning_rates(optimizers, 0.5)
+    rates = {group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
+    assert {0.05, 0.1, 0.15} <= rates
