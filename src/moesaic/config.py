@@ -99,7 +99,7 @@ class ModelConfig:
     """Biases on the query, key and value projections."""
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
-    """Standard deviation of the initial matrices; 0 means 1/sqrt(fan_in)."""
+    """Standard deviation of the initial matrices; 0 fits it to each matrix (see model/initialize.py)."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -180,15 +180,15 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = 3e-3
-    """Peak rate of AdamW parameters."""
+    """Peak rate of AdamW."""
+    embedding_lr: float = 0.0
+    """Peak rate of the input embedding (always AdamW); 0 means lr."""
     matrix_lr: float = 4e-3
-    """Peak rate of attention, MLP and shared-expert matrices under Muon."""
-    expert_lr: float = 4e-3
-    """Peak rate of routed-expert matrices under Muon."""
-    router_lr: float = 3e-3
-    """Peak rate of router weights (always AdamW)."""
+    """Peak rate of attention matrices under Muon."""
+    feed_forward_lr: float = 4e-3
+    """Peak rate of dense, shared and routed feed-forward matrices under Muon."""
     weight_decay: float = 0.1
-    """Decoupled decay, on matrices only."""
+    """Decoupled decay, on attention and feed-forward matrices only."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.95
@@ -197,8 +197,8 @@ class OptimizerConfig:
     """Largest global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "lr", "matrix_lr", "expert_lr", "router_lr", "eps")
-        _require_not_negative(self, "weight_decay", "gradient_clip")
+        _require_positive(self, "lr", "matrix_lr", "feed_forward_lr", "eps")
+        _require_not_negative(self, "embedding_lr", "weight_decay", "gradient_clip")
         for name, value in (("betas[0]", self.betas[0]), ("betas[1]", self.betas[1]), ("momentum", self.momentum)):
             _require(0.0 <= value < 1.0, f"{name} is {value}; it must lie in [0, 1)")
 
@@ -232,7 +232,7 @@ class BalanceConfig:
     z_loss_coef: float = 0.0
     """Weight of the mean squared log-partition of the router logits."""
     bias_update_rate: float = 0.0
-    """Step of the selection bias of `sigmoid_topk`, once per optimizer step."""
+    """Step of the selection bias of `sigmoid_topk`, once per optimizer step; follows the learning-rate schedule."""
 
     def __post_init__(self) -> None:
         _require_not_negative(self, "aux_loss_coef", "z_loss_coef", "bias_update_rate")

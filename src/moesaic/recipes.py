@@ -31,7 +31,7 @@ def demo_config(
         model=model,
         data=DataConfig(source=source, tokenizer=f"bpe:{_VOCAB_SIZE}"),
         optimizer=OptimizerConfig(
-            name="muon", lr=0.01, matrix_lr=0.015, expert_lr=0.015, router_lr=0.01, weight_decay=0.01
+            name="muon", lr=0.01, embedding_lr=0.03, matrix_lr=0.0075, feed_forward_lr=0.00375, weight_decay=0.05
         ),
         schedule=ScheduleConfig(warmup_fraction=0.02, decay_fraction=0.8),
         balance=BalanceConfig(bias_update_rate=0.01 if model.moe else 0.0),

@@ -93,22 +93,31 @@ def test_an_expert_without_tokens_keeps_its_weights_but_for_the_decay() -> None:
 def test_every_parameter_has_a_role() -> None:
     roles = {name: role_of(name, parameter) for name, parameter in make_model().named_parameters()}
     assert roles["layers.0.feed_forward.experts.gate_up"] == "gate_up"
-    assert roles["layers.0.feed_forward.experts.down"] == "down"
-    assert roles["layers.1.feed_forward.router.weight"] == "router"
-    assert roles["layers.1.feed_forward.shared_experts.up_proj.weight"] == "matrix"
-    assert roles["layers.0.attention.q_norm.weight"] == "vector"
-    assert roles["embed_tokens.weight"] == roles["lm_head.weight"] == "embedding"
+    assert roles["layers.0.feed_forward.experts.down"] == "feed_forward"
+    assert roles["layers.1.feed_forward.shared_experts.up_proj.weight"] == "feed_forward"
+    assert roles["layers.1.attention.o_proj.weight"] == "attention"
+    assert roles["embed_tokens.weight"] == "embedding"
+    for other in ("feed_forward.router.weight", "attention.q_norm.weight", "feed_forward_norm.weight"):
+        assert roles[f"layers.0.{other}"] == "other"
+    assert roles["lm_head.weight"] == "other"
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_every_parameter_moves_once_and_vectors_do_not_decay(name: str) -> None:
+def test_every_parameter_moves_once_and_only_matrices_decay(name: str) -> None:
     model = make_model()
     optimizers = make_optimizers(model, OptimizerConfig(name=name))  # type: ignore[arg-type]
     owned = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
     assert len(owned) == len(set(owned)) == len(list(model.parameters()))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            assert (group["weight_decay"] == 0) == all(parameter.ndim == 1 for parameter in group["params"])
+    decaying = {
+        parameter
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        if group["weight_decay"]
+        for parameter in group["params"]
+    }
+    for parameter_name, parameter in model.named_parameters():
+        matrix = (parameter.ndim > 1 and "proj" in parameter_name) or "experts." in parameter_name
+        assert (parameter in decaying) == matrix, parameter_name
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     train_steps(model, optimizers, range(3))
     assert all(not torch.equal(value, before[name]) for name, value in model.named_parameters())
@@ -134,7 +143,7 @@ def test_moments_that_are_put_back_continue_bitwise(name: str) -> None:
 
 
 def test_rates_are_a_factor_on_each_groups_peak() -> None:
-    optimizers = make_optimizers(make_model(), OptimizerConfig(name="muon", lr=0.1, matrix_lr=0.2, router_lr=0.3))
+    optimizers = make_optimizers(make_model(), OptimizerConfig(name="muon", lr=0.1, matrix_lr=0.2, feed_forward_lr=0.3))
     set_learning_rates(optimizers, 0.5)
     rates = {group["lr"] for optimizer in optimizers for group in optimizer.param_groups}
     assert {0.05, 0.1, 0.15} <= rates

@@ -1,6 +1,6 @@
 """Schedules: their corners and their shape."""
 
-import itertools
+from itertools import pairwise
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_warm_up_is_linear_and_ends_at_the_peak(name: str) -> None:
 def test_wsd_stays_and_then_falls_linearly() -> None:
     values = factors(name="wsd", warmup_fraction=0.1, decay_fraction=0.25, final_factor=0.2)
     assert values[20:151] == pytest.approx([1.0] * 131)
-    steps = [before - after for before, after in itertools.pairwise(values)]
+    steps = [before - after for before, after in pairwise(values[150:])]
     assert steps == pytest.approx([0.8 / 50] * 49)
     assert values[-1] == pytest.approx(0.2 + 0.8 / 50)
 

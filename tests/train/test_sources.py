@@ -117,6 +117,13 @@ def test_hold_out_of_records_keeps_its_share_from_the_start(tmp_path):
             assert 0.03 < held_out / seen < 0.07
 
 
+def test_the_held_out_part_of_records_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("moesaic.train.sources.MAX_HELD_OUT_BYTES", 1000)
+    write_records(tmp_path / "rows.jsonl", ["x" * 100] * 300)
+    _, held_out = split(tmp_path / "rows.jsonl", validation_fraction=0.4)
+    assert len(joined(held_out)) == 1000
+
+
 def test_a_folder_by_domain(tmp_path):
     texts = {"fables/fox.txt": "a fox", "fables/old/crow.md": "a crow", "law/acts.jsonl": "", "notes.txt": "note"}
     for name, text in texts.items():

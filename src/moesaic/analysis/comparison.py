@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from moesaic.accounting import count_parameters, flops_per_token
+from moesaic.config import TrainConfig
 from moesaic.errors import MoesaicError
 
 Row = Mapping[str, Any]
@@ -47,6 +49,19 @@ class RunCurve:
                 f"run {self.name!r} has {len(self.rows)} rows but no evaluation with a finite val_loss, "
                 "so there is nothing to compare; train for more steps or set evaluate_every lower"
             )
+
+    @classmethod
+    def of_run(cls, name: str, config: TrainConfig, rows: Sequence[Row]) -> "RunCurve":
+        """The curve of a run of this config; parameters and FLOPs come from the accounting."""
+        count = count_parameters(config.model)
+        average_context = (config.sequence_length + 1) / 2
+        return cls(
+            name=name,
+            rows=rows,
+            parameters_total=count.total,
+            parameters_active=count.active,
+            flops_per_token=flops_per_token(config.model, average_context).training,
+        )
 
     @cached_property
     def evaluations(self) -> list[Row]:

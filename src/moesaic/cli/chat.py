@@ -36,10 +36,13 @@ def chat(model: str, /, *, loading: ModelOptions = _MODEL, sampling: SamplingOpt
         if not line:
             continue
         messages.append({"role": "user", "content": line})
-        prompt = tokenizer.apply_chat_template(messages) if tokenizer.has_chat_template else line
+        if tokenizer.has_chat_template:
+            prompt_ids = tokenizer.encode(tokenizer.apply_chat_template(messages), parse_special_tokens=True)
+        else:
+            prompt_ids = tokenizer.encode(line, add_special_tokens=True)
         generation = Generation(prompt_tokens=0)
         try:
-            for piece in stream(transformer, tokenizer, tokenizer.encode(prompt), config, generation):
+            for piece in stream(transformer, tokenizer, prompt_ids, config, generation):
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             console.print(" [stopped]", style="dim", markup=False)

@@ -16,7 +16,7 @@ from moesaic.errors import UsageError
 from moesaic.recipes import DEFAULT_MINUTES, demo_config
 
 if TYPE_CHECKING:
-    from moesaic.analysis.comparison import Comparison, RunCurve
+    from moesaic.analysis.comparison import Comparison
     from moesaic.train.trainer import Trainer
 
 PROMPTS = ("def ", "import ", "class Test", "The ")
@@ -101,10 +101,15 @@ def _require_twins(configs: dict[str, TrainConfig]) -> None:
 
 
 def _compare(trainers: dict[str, "Trainer"]) -> "Comparison":
-    from moesaic.analysis.comparison import Comparison
+    from moesaic.analysis.comparison import Comparison, RunCurve
     from moesaic.engine.generate import generate
+    from moesaic.train.metrics import read_metrics
 
     sparse = trainers["sparse"]
+    curves = {
+        name: RunCurve.of_run(name, trainer.config, read_metrics(trainer.run_directory / "metrics.jsonl"))
+        for name, trainer in trainers.items()
+    }
     domains = sparse.data.domains
     load_CME = sparse.evaluate(num_domains=len(domains)).load
     samples = [
@@ -112,28 +117,13 @@ def _compare(trainers: dict[str, "Trainer"]) -> "Comparison":
         for prompt in PROMPTS
     ]
     return Comparison(
-        sparse=_curve("sparse", sparse),
-        dense=_curve("dense", trainers["dense"]),
+        sparse=curves["sparse"],
+        dense=curves["dense"],
         domains=domains,
         domain_load=load_CME.transpose(0, 1).tolist(),
         samples=samples,
         config={name: to_mapping(trainer.config) for name, trainer in trainers.items()},
         hardware=_hardware(),
-    )
-
-
-def _curve(name: str, trainer: "Trainer") -> "RunCurve":
-    from moesaic.analysis.comparison import RunCurve
-    from moesaic.train.metrics import read_metrics
-
-    config = trainer.config
-    count = count_parameters(config.model)
-    return RunCurve(
-        name=name,
-        rows=read_metrics(trainer.run_directory / "metrics.jsonl"),
-        parameters_total=count.total,
-        parameters_active=count.active,
-        flops_per_token=flops_per_token(config.model, (config.sequence_length + 1) / 2).training,
     )
 
 

@@ -2,6 +2,9 @@
 
 import json
 import sys
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from moesaic.cli.options import JsonFlag, ModelOptions, SamplingOptions
 
@@ -12,7 +15,7 @@ def generate(
     model: str,
     /,
     *,
-    prompt: str,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     loading: ModelOptions = _MODEL,
     sampling: SamplingOptions = _SAMPLING,
     json_output: JsonFlag = False,
@@ -35,7 +38,8 @@ def generate(
     tokenizer = load_tokenizer(model)
     transformer = load(model, dtype=loading.dtype, device=loading.device, backend=loading.backend)
     generation = Generation(prompt_tokens=0)
-    prompt_ids = tokenizer.encode(sys.stdin.read() if prompt == "-" else prompt)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    prompt_ids = tokenizer.encode(text, add_special_tokens=True)
     for piece in stream(transformer, tokenizer, prompt_ids, sampling_config, generation):
         if not json_output:
             print(piece, end="", flush=True)

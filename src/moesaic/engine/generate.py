@@ -54,7 +54,7 @@ def generate(
     """The continuation of `prompt`, without the prompt itself."""
     config = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     generation = Generation(prompt_tokens=0)
-    for _ in stream(model, tokenizer, tokenizer.encode(prompt), config, generation):
+    for _ in stream(model, tokenizer, tokenizer.encode(prompt, add_special_tokens=True), config, generation):
         pass
     return generation.text
 

@@ -58,15 +58,13 @@ def prepare_data(
     *,
     tokens_needed: int,
     sequence_length: int,
-    seed: int,
     progress: Progress | None = None,
 ) -> PreparedData:
     """Tokenise `config.source` into `directory`, or reuse what lies there when it is the same and undamaged.
 
     Writes tokenizer.json, train.bin, validation.bin (ids as little-endian uint16 or uint32) and data.json, all or
     nothing. Reads no more of the source than `tokens_needed` training ids and the validation take. Warns, with the
-    reason, when something was there and had to be made again. The data does not depend on `seed`, which is kept to
-    tell runs apart.
+    reason, when something was there and had to be made again.
 
     Raises UsageError when the source is missing, empty or shorter than one sequence, MoesaicError when it is not
     UTF-8, when the disk is full, or when damaged data cannot be made again because the source has changed.
@@ -76,7 +74,6 @@ def prepare_data(
         "config": to_mapping(config),
         "tokenizer_file": _tokenizer_fingerprint(config.tokenizer),
         "tokens_needed": tokens_needed,
-        "seed": seed,
     }
     old = _read_record(directory)
     difference = _difference(directory, old, identity)

@@ -52,6 +52,7 @@ def evaluate(
 
     Args:
         token_bytes: (V,) bytes of text that each token id stands for.
+        num_domains: C; with 1 the domain ids do not matter.
         dtype: bfloat16 evaluates under autocast.
 
     Raises:
@@ -64,6 +65,8 @@ def evaluate(
     load = torch.zeros(num_domains, len(model.moe_layers), moe.num_experts if moe else 0, dtype=torch.int64)
     nats, tokens, text_bytes = 0.0, 0, 0
     for tokens_BL, targets_BL, domains_B in batches:
+        if num_domains == 1:
+            domains_B = torch.zeros_like(domains_B)
         routings: list[Routing] = []
         tokens_BL, targets_BL = tokens_BL.to(device), targets_BL.to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -78,32 +78,32 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
         return [{"params": parameters, **settings}] if parameters else []
 
     muon = config.name == "muon"
+    attention_lr, feed_forward_lr = (config.matrix_lr, config.feed_forward_lr) if muon else (config.lr, config.lr)
     decay = config.weight_decay
     matrix_groups = [
-        *group("gate_up", config.expert_lr if muon else config.lr, decay, **({"stacked": 2} if muon else {})),
-        *group("down", config.expert_lr if muon else config.lr, decay),
-        *group("matrix", config.matrix_lr if muon else config.lr, decay),
+        *group("gate_up", feed_forward_lr, decay, **({"stacked": 2} if muon else {})),
+        *group("feed_forward", feed_forward_lr, decay),
+        *group("attention", attention_lr, decay),
     ]
     other_groups = [
-        *group("embedding", config.lr, decay),
-        *group("router", config.router_lr, decay),
-        *group("vector", config.lr, 0.0),
+        *group("embedding", config.embedding_lr or config.lr, 0.0),
+        *group("other", config.lr, 0.0),
     ]
-    if muon:
-        adamw = AdamW(other_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        return [Muon(matrix_groups, lr=config.matrix_lr, momentum=config.momentum), adamw]
-    return [AdamW(matrix_groups + other_groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)]
+    adamw = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
+    if not muon:
+        return [AdamW(matrix_groups + other_groups, **adamw)]
+    return [Muon(matrix_groups, lr=config.matrix_lr, momentum=config.momentum), AdamW(other_groups, **adamw)]
 
 
 def role_of(name: str, parameter: Tensor) -> str:
-    """How a parameter is treated: gate_up, down, matrix, embedding, router or vector."""
-    if parameter.ndim == 1:
-        return "vector"
-    if name.endswith(("experts.gate_up", "experts.down")):
-        return name.rsplit(".", 1)[1]
-    if name.startswith(("embed_tokens.", "lm_head.")):
+    """How a parameter is treated: as gate_up, feed_forward or attention matrix, as embedding, or as other."""
+    if parameter.ndim == 1 or name.endswith("router.weight") or name == "lm_head.weight":
+        return "other"
+    if name == "embed_tokens.weight":
         return "embedding"
-    return "router" if name.endswith("router.weight") else "matrix"
+    if name.endswith("experts.gate_up"):
+        return "gate_up"
+    return "feed_forward" if ".feed_forward." in name else "attention"
 
 
 def set_learning_rates(optimizers: list[Optimizer], factor: float) -> None:

@@ -50,7 +50,6 @@ def run_training(
                 data_directory or run_directory / "data",
                 tokens_needed=config.steps * config.tokens_per_step + 1,
                 sequence_length=config.sequence_length,
-                seed=config.seed,
                 progress=report,
             )
         _require_vocabulary(config, data)

@@ -101,7 +101,8 @@ class Trainer:
 
     def train_step(self) -> Update:
         """One optimizer step on batch number `self.step`; advances the step even when the update is skipped."""
-        set_learning_rates(self.optimizers, rate_factor(self.step, self.config.steps, self.config.schedule))
+        factor = rate_factor(self.step, self.config.steps, self.config.schedule)
+        set_learning_rates(self.optimizers, factor)
         tokens_BL, targets_BL = (part.to(self.device) for part in self.batches.batch(self.step))
         size = self.config.micro_batch_size or self.config.batch_size
         losses = [
@@ -116,7 +117,7 @@ class Trainer:
         if not skipped:
             for optimizer in self.optimizers:
                 optimizer.step()
-            self._update_biases(load_ME)
+            self._update_biases(load_ME, factor)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -131,8 +132,6 @@ class Trainer:
             config.micro_batch_size or config.batch_size,
             max_tokens or config.evaluation_tokens,
         )
-        if num_domains == 1:
-            batches = ((tokens, targets, torch.zeros_like(domains)) for tokens, targets, domains in batches)
         dtype = DTYPES[config.dtype]
         return evaluate(self.model, batches, self.token_bytes, num_domains=num_domains, dtype=dtype)
 
@@ -160,8 +159,8 @@ class Trainer:
         load_ME = torch.stack(load) if load else torch.zeros(0, 0, dtype=torch.int64)
         return float(loss.detach()), float(aux.detach()), float(z.detach()), load_ME
 
-    def _update_biases(self, load: Tensor) -> None:
-        rate = self.config.balance.bias_update_rate
+    def _update_biases(self, load: Tensor, factor: float) -> None:
+        rate = factor * self.config.balance.bias_update_rate
         if rate:
             for layer, load_E in zip(self.model.moe_layers, load, strict=True):
                 update_expert_bias(layer.router, load_E, rate)
@@ -175,7 +174,7 @@ class Trainer:
         if self.nonfinite_steps >= self.config.max_nonfinite_steps:
             raise MoesaicError(
                 f"{self.nonfinite_steps} updates in a row were not finite, the last at step {self.step}; lower "
-                f"optimizer.lr (and matrix_lr, expert_lr), or go back to a saved state with --resume"
+                f"optimizer.lr (and matrix_lr, feed_forward_lr), or go back to a saved state with --resume"
             )
 
     def _due(self, every: int) -> bool:
