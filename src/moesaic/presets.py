@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 _DEMO = {
-    "vocab_size": 1024,
+    "vocab_size": 2048,
     "hidden_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 4,
+    "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 1024,
+    "initializer_range": 0.0,
 }
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -24,8 +25,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "num_experts_per_tok": 4,
             "moe_intermediate_size": 64,
             "router": "sigmoid_topk",
-            "routed_scaling_factor": 2.0,
+            "routed_scaling_factor": 4.0,
         },
     },
-    "demo-dense": {**_DEMO, "intermediate_size": 256},
+    # 8 units wider than 4 x 64: the router's work, given to the dense twin.
+    "demo-dense": {**_DEMO, "intermediate_size": 264},
 }

@@ -22,7 +22,8 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the first r of the d dimensions of x (B, H, L, d); the others pass."""
     cos_B1Lr, sin_B1Lr = (table.to(x.dtype) for table in tables)
     rotary_dim = cos_B1Lr.shape[-1]
-    turned, passed = x[..., :rotary_dim], x[..., rotary_dim:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos_B1Lr + torch.cat((-second, first), dim=-1) * sin_B1Lr
-    return torch.cat((turned, passed), dim=-1) if passed.shape[-1] else turned
+    if rotary_dim < x.shape[-1]:
+        turned, passed = x.split((rotary_dim, x.shape[-1] - rotary_dim), dim=-1)
+        return torch.cat((rotate(turned, tables), passed), dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos_B1Lr + torch.cat((-second, first), dim=-1) * sin_B1Lr

@@ -1,10 +1,14 @@
 """Where tensors live, and how fast that place multiplies matrices."""
 
+import ctypes
 import time
 
 import torch
 
 from moesaic.errors import UsageError
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def resolve_device(name: str) -> torch.device:
@@ -22,6 +26,22 @@ def resolve_device(name: str) -> torch.device:
         present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise UsageError(f"device '{name}' is not here; this machine has {', '.join(present)}") from None
     return device
+
+
+def prepare_cpu_for_training() -> None:
+    """Keep what a step has freed for the next one, and round denormal numbers to zero.
+
+    glibc gives large blocks back to the kernel as soon as they are freed, so a training step on a CPU faults in and
+    clears all its activations again: about a quarter of the time of a small model's step. Process-wide; other C
+    libraries are left as they are.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28)):
+        mallopt(option, value)
 
 
 def measured_matmul_peak(device: str, dtype: torch.dtype, size: int = 1536, seconds: float = 0.3) -> float:

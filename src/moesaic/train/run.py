@@ -13,7 +13,7 @@ from moesaic.config import TrainConfig
 from moesaic.config_io import read_run_config, write_run_config
 from moesaic.errors import UsageError
 from moesaic.model.transformer import Transformer
-from moesaic.ops.device import resolve_device
+from moesaic.ops.device import prepare_cpu_for_training, resolve_device
 from moesaic.train.data import PreparedData, prepare_data
 from moesaic.train.screen import Screen
 from moesaic.train.trainer import Trainer
@@ -74,9 +74,12 @@ def _title(run_directory: Path, config: TrainConfig) -> str:
 
 
 def _build_model(config: TrainConfig) -> Transformer:
+    device = resolve_device(config.device)
+    if device.type == "cpu":
+        prepare_cpu_for_training()
     model = Transformer(config.model, backend=config.backend)
     model.init_weights(config.seed)
-    return model.to(resolve_device(config.device))
+    return model.to(device)
 
 
 def _require_unused(run_directory: Path) -> None:
