@@ -1,4 +1,4 @@
-"""The README's commands and its Python, run as pasted; `make` lines are dry-run, and the demo they start is a short one."""
+"""The README as pasted: its commands and its Python run. `make` lines are dry-run, and the demo is a short one."""
 
 import json
 import os
