@@ -33,7 +33,7 @@ class Row:
     ratio: float | None = None
     """Ours to peer, so that more than 1 is better unless `work` says otherwise."""
     goal: float | None = None
-    """Of the ratio."""
+    """Of the ratio where there is one, else of ours."""
     met: bool | None = None
 
 

@@ -1,7 +1,8 @@
 """Does the sparse model end below its dense twin? The demo's recipe, several seeds, one or two corpora.
 
 Twins have equal active parameters and FLOPs per token, the same tokens in the same order, the same schedule. A row is
-the margin in nats per token of held-out text (dense minus sparse, more is better) over the seeds.
+the margin in nats per token of held-out text (dense minus sparse, more is better) over the seeds. Which twin trains first
+alternates with the seed, so that a machine whose speed drifts favours neither.
 """
 
 import argparse
@@ -19,8 +20,7 @@ from moesaic.train.run import run_training
 from moesaic.train.screen import Screen
 
 GOAL = 0.05
-"""Nats per token."""
-TIME_GOAL = 0.85
+"""Nats per token, of every seed."""
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
@@ -37,7 +37,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 
 def _race(folder: Path, source: str, seed: int, minutes: float) -> Comparison:
     curves = {}
-    for twin in ("dense", "sparse"):
+    for twin in ("dense", "sparse") if seed % 2 == 0 else ("sparse", "dense"):
         config = demo_config(twin, minutes=minutes, seed=seed, source=source)
         run = folder / f"{twin}-{seed}"
         run_training(config, run, Screen(Console(quiet=True), live=False), data_directory=folder / "data")
@@ -81,8 +81,6 @@ def _rows(corpus: str, races: list[Comparison]) -> list[Row]:
             peer=1.0,
             peer_name="dense twin",
             ratio=statistics.median(ratios),
-            goal=TIME_GOAL,
-            met=statistics.median(ratios) <= TIME_GOAL,
         )
     )
     return rows

@@ -82,12 +82,18 @@ def test_gate_and_up_are_orthogonalised_apart() -> None:
         )
 
 
-def test_an_expert_without_tokens_keeps_its_weights_but_for_the_decay() -> None:
+def test_an_expert_without_tokens_is_only_decayed_also_when_it_had_some_before() -> None:
     parameter = nn.Parameter(torch.randn(2, 8, 8))
-    start = parameter.detach().clone()
-    parameter.grad = torch.stack([torch.randn(8, 8), torch.zeros(8, 8)])
-    Muon([parameter], lr=0.1, weight_decay=0.5).step()
-    torch.testing.assert_close(parameter[1].detach(), start[1] * 0.95)
+    optimizer = Muon([parameter], lr=0.1, weight_decay=0.5)
+    parameter.grad = torch.randn(2, 8, 8)
+    optimizer.step()
+    before = parameter.detach().clone()
+    momentum = optimizer.state[parameter]["momentum"].clone()
+    parameter.grad[1] = 0
+    optimizer.step()
+    torch.testing.assert_close(parameter[1].detach(), before[1] * 0.95)
+    torch.testing.assert_close(optimizer.state[parameter]["momentum"][1], momentum[1] * 0.95)
+    assert (parameter[0] - before[0] * 0.95).abs().max() > 1e-3
 
 
 def test_every_parameter_has_a_role() -> None:

@@ -22,6 +22,7 @@ class Muon(Optimizer):
     (..., M, N), each of which is orthogonalised alone, so an expert that saw few tokens moves as far as one that saw
     many; and the iteration runs in the parameter's dtype on CPUs, where bfloat16 is slow. The update of an M x N matrix
     is scaled by 0.2 sqrt(max(M, N)), which gives it the size of an AdamW update (arXiv 2502.16982).
+    A matrix whose gradient is exactly zero, an expert without tokens, is only decayed; its momentum fades meanwhile.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class Muon(Optimizer):
                 nesterov = torch.lerp(parameter.grad, momentum, group["momentum"])
                 matrices = nesterov.unflatten(-2, (group["stacked"], -1))
                 update = orthogonalize(matrices).reshape(parameter.shape)
+                # Orthogonalised, even a faded momentum has full size: an idle expert would drift on. It rests instead.
+                has_gradient = parameter.grad.flatten(-2).any(-1)[..., None, None]
                 scale = 0.2 * max(matrices.shape[-2:]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"] * scale)
+                parameter.addcmul_(update, has_gradient.to(update.dtype), value=-group["lr"] * scale)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
