@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from moesaic.ops.device import device_name, resolve_device
 from moesaic.ops.instruction_set import instruction_set
 
 ROOT = Path(__file__).parents[1]
@@ -38,15 +38,8 @@ class Row:
 
 
 def hardware() -> str:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
-    cores, threads = os.cpu_count(), torch.get_num_threads()
-    return f"{model}, {cores} cores, {instruction_set()}, {threads} threads, torch {torch.__version__}"
+    name, cores, threads = device_name(resolve_device("auto")), os.cpu_count(), torch.get_num_threads()
+    return f"{name}, {cores} cores, {instruction_set()}, {threads} threads, torch {torch.__version__}"
 
 
 def commit() -> str:

@@ -1,8 +1,8 @@
 """Does the sparse model end below its dense twin? The demo's recipe, several seeds, one or two corpora.
 
 Twins have equal active parameters and FLOPs per token, the same tokens in the same order, the same schedule. A row is
-the margin in nats per token of held-out text (dense minus sparse, more is better) over the seeds. Which twin trains first
-alternates with the seed, so that a machine whose speed drifts favours neither.
+the margin in nats per token of held-out text (dense minus sparse, more is better) over the seeds. Which twin trains
+first alternates with the seed, so that a machine whose speed drifts favours neither.
 """
 
 import argparse
@@ -40,7 +40,9 @@ def _race(folder: Path, source: str, seed: int, minutes: float) -> Comparison:
     for twin in ("dense", "sparse") if seed % 2 == 0 else ("sparse", "dense"):
         config = demo_config(twin, minutes=minutes, seed=seed, source=source)
         run = folder / f"{twin}-{seed}"
-        run_training(config, run, Screen(Console(quiet=True), live=False), data_directory=folder / "data")
+        screen = Screen(Console(quiet=True), live=False)
+        if run_training(config, run, screen, data_directory=folder / "data").stop_requested:
+            raise SystemExit("stopped; a run that was cut short has no result")
         curves[twin] = RunCurve.of_run(twin, config, read_metrics(run / "metrics.jsonl"))
     comparison = Comparison(sparse=curves["sparse"], dense=curves["dense"])
     note(f"{folder.name}, seed {seed}: gain {comparison.gain:.4f}, time ratio {comparison.ratio('seconds')}")

@@ -37,7 +37,7 @@ from moesaic.config import (
     TrainConfig,
 )
 from moesaic.model.transformer import Transformer
-from moesaic.ops.device import measured_matmul_peak
+from moesaic.ops.device import measured_matmul_peak, prepare_cpu_for_training
 from moesaic.ops.instruction_set import cpu_features
 from moesaic.recipes import demo_config
 from moesaic.tokenizer import byte_tokenizer
@@ -100,6 +100,7 @@ class Contest:
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
+    prepare_cpu_for_training()  # as every run here does; it holds for the process, so the peer gains too
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # glm4_moe without shared experts
@@ -237,10 +238,14 @@ def _peer(
 
 
 def _adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Decay on matrices only, as usual and as ours."""
+    """Decay on attention and feed-forward matrices only, as ours."""
+    decaying, others = [], []
+    for name, one in model.named_parameters():
+        spared = one.ndim == 1 or "embed_tokens" in name or "lm_head" in name or name.endswith("mlp.gate.weight")
+        (others if spared else decaying).append(one)
     groups = [
-        {"params": [one for one in model.parameters() if one.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [one for one in model.parameters() if one.ndim == 1], "weight_decay": 0.0},
+        {"params": decaying, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

@@ -73,7 +73,7 @@ def train_configs(draw):
         model=model,
         data=DataConfig(source=draw(st.text(min_size=1, max_size=20)), tokenizer=draw(st.text(max_size=9))),
         optimizer=OptimizerConfig(lr=draw(st.floats(1e-9, 10)), name=draw(st.sampled_from(["adamw", "muon"]))),
-        balance=BalanceConfig(aux_loss_coef=draw(st.floats(0, 1))),
+        balance=BalanceConfig(aux_loss_coef=draw(st.floats(0, 1)) if moe else 0.0),
         steps=draw(st.integers(1, 10**9)),
         tensorboard=draw(st.booleans()),
     )

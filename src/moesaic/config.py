@@ -4,6 +4,7 @@ Field names follow Hugging Face configs where such a field exists. Every class c
 config that exists is a config that can be built; `config_io` makes them from TOML, JSON and command-line flags.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,16 +19,20 @@ def _require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def _require_seed(seed: int) -> None:
+    _require(0 <= seed < 2**63, f"seed is {seed}; it must lie between 0 and 2^63 - 1")
+
+
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value > 0, f"{name} is {value}; it must be above 0")
+        _require(0 < value < math.inf, f"{name} is {value}; it must be a number above 0")
 
 
 def _require_not_negative(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value >= 0, f"{name} is {value}; it must be 0 or above")
+        _require(0 <= value < math.inf, f"{name} is {value}; it must be a number, 0 or above")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +127,10 @@ class ModelConfig:
         _require(
             self.num_dense_layers == 0 or self.intermediate_size > 0,
             f"{self.num_dense_layers} layers are dense but intermediate_size is 0; set intermediate_size",
+        )
+        _require(
+            self.moe is None or self.num_moe_layers > 0,
+            f"first_k_dense_replace makes all {self.num_hidden_layers} layers dense; lower it, or remove [moe]",
         )
         for token_id in (*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])):
             _require(
@@ -228,7 +237,7 @@ class BalanceConfig:
     """What keeps the load of the experts even. Coefficients of 0 switch a term off."""
 
     aux_loss_coef: float = 0.0
-    """Weight of the Switch load-balance loss, per layer and micro-batch, whose balanced value is 1."""
+    """Weight of the Switch load-balance loss of a micro-batch, mean over layers; its balanced value is 1."""
     z_loss_coef: float = 0.0
     """Weight of the mean squared log-partition of the router logits."""
     bias_update_rate: float = 0.0
@@ -286,7 +295,8 @@ class TrainConfig:
         _require_positive(
             self, "steps", "batch_size", "sequence_length", "evaluation_tokens", "max_nonfinite_steps"
         )  # fmt: skip
-        _require_not_negative(self, "micro_batch_size", "evaluate_every", "seed")
+        _require_not_negative(self, "micro_batch_size", "evaluate_every")
+        _require_seed(self.seed)
         _require(
             self.batch_size % (self.micro_batch_size or self.batch_size) == 0,
             f"micro_batch_size is {self.micro_batch_size} and batch_size is {self.batch_size}; "
@@ -298,6 +308,10 @@ class TrainConfig:
             f"{self.model.max_position_embeddings}; raise the second or lower the first",
         )
         moe = self.model.moe
+        _require(
+            moe is not None or self.balance == BalanceConfig(),
+            "[balance] needs [model.moe]: a dense model has no experts to balance; remove the section",
+        )
         _require(
             self.balance.bias_update_rate == 0 or (moe is not None and moe.router == "sigmoid_topk"),
             "balance.bias_update_rate needs model.moe.router = 'sigmoid_topk', the router that has a selection bias; "
@@ -327,5 +341,6 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "max_tokens")
-        _require_not_negative(self, "temperature", "top_k", "seed")
+        _require_not_negative(self, "temperature", "top_k")
+        _require_seed(self.seed)
         _require(0.0 < self.top_p <= 1.0, f"top_p is {self.top_p}; it must lie above 0 and at most 1")

@@ -194,7 +194,7 @@ def _parse_flag_value(text: FlagText, kind: Any) -> Any:
     """A TOML value where it parses as one, else the text itself; for text keys the digits stay text."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # not TOML, or a number of thousands of digits
         return str(text)
     value = parsed["value"]
     is_text_key = kind is str or get_origin(kind) is Literal

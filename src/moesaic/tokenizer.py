@@ -5,6 +5,7 @@ byte-level BPE without merges, so what `Tokenizer.save` writes is always a token
 """
 
 import functools
+import hashlib
 import json
 import re
 import threading
@@ -106,6 +107,11 @@ class Tokenizer:
     def to_json(self) -> str:
         """The tokenizer.json text: two tokenizers are the same when these are equal."""
         return self._rust.to_str()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides its ids: two tokenizers with equal fingerprints are the same."""
+        return hashlib.sha256(f"{self.to_json()}\n{self.eos_id} {self.bos_id}".encode()).hexdigest()
 
     @property
     def has_chat_template(self) -> bool:
@@ -245,7 +251,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if settings_file.is_file():
         try:
             settings = dict(json.loads(settings_file.read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UsageError(f"{settings_file} is not a JSON object: {error}") from error
     template_file = file.with_name("chat_template.jinja")
     if template_file.is_file():

@@ -5,6 +5,7 @@ or the new one, and a full disk or a killed process leaves the old one as it was
 everything else as JSON, so nothing here can run code from a file.
 """
 
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -27,6 +28,7 @@ from moesaic.errors import MoesaicError
 
 WRITING = ".writing-"
 REPLACED = ".replaced-"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # from linux/fs.h and fcntl.h
 MAX_JSON_BYTES = 64 * 2**20
 MAX_SHARD_BYTES = 5 * 10**9
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -115,12 +117,24 @@ def _fsync(path: Path) -> None:
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
-    replaced = target.with_name(f".{target.name}{REPLACED}{secrets.token_hex(4)}")
-    if target.exists():
+    if not target.exists():
+        os.rename(temporary, target)
+    elif not _exchange(temporary, target):
+        replaced = target.with_name(f".{target.name}{REPLACED}{secrets.token_hex(4)}")
         os.rename(target, replaced)
-    os.rename(temporary, target)
+        os.rename(temporary, target)
+        shutil.rmtree(replaced, ignore_errors=True)
     _fsync(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, so that a reader (or a kill) sees the old directory or the new one. Linux only."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    here = (_AT_FDCWD, os.fsencode(one)), (_AT_FDCWD, os.fsencode(other))
+    return renameat2(*here[0], *here[1], _RENAME_EXCHANGE) == 0
 
 
 def _write_error(target: Path, error: OSError, bytes_needed: int) -> MoesaicError:

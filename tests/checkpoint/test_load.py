@@ -5,6 +5,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from torch import Tensor
 from moesaic.checkpoint.load import load, load_tokenizer
 from moesaic.checkpoint.run_state import save_run_state
 from moesaic.config import TrainConfig
-from moesaic.config_io import write_train_config
+from moesaic.config_io import to_mapping, write_train_config
 from moesaic.errors import MoesaicError, UsageError
-from moesaic.tokenizer import byte_tokenizer
+from moesaic.tokenizer import byte_tokenizer, train_bpe
 
 from .helpers import CONFIGS, HF_CONFIGS, largest_difference, random_model, random_tokens, save_hf_model
 
@@ -166,13 +167,15 @@ def test_wrong_dtype_and_device_are_wrong_requests(tmp_path: Path) -> None:
 def make_run(directory: Path, name: str = "sigmoid", steps: tuple[int, ...] = (1, 2)) -> dict[int, dict[str, Tensor]]:
     """A run directory as training leaves it; returns the weights of each saved step."""
     directory.mkdir(parents=True)
-    write_train_config(TrainConfig(model=CONFIGS[name], sequence_length=32), directory / "config.json")
-    byte_tokenizer().save(directory / "data")
+    config = TrainConfig(model=CONFIGS[name], sequence_length=32)
+    write_train_config(config, directory / "config.json")
+    byte_tokenizer().save(directory)
+    extra = {"config": to_mapping(config), "tokenizer": byte_tokenizer().fingerprint}
     saved = {}
     for step in steps:
         saved[step] = random_model(CONFIGS[name]).state_dict()
         tensors = {f"model.{key}": tensor for key, tensor in saved[step].items()}
-        save_run_state(directory, step, tensors | {"optimizer.x": torch.zeros(3)}, {})
+        save_run_state(directory, step, tensors | {"optimizer.x": torch.zeros(3)}, extra)
     return saved
 
 
@@ -198,11 +201,18 @@ def test_run_with_a_damaged_state_says_so_and_loads_the_older(tmp_path: Path) ->
     assert torch.equal(model.state_dict()["norm.weight"], saved[1]["norm.weight"])
 
 
-def test_run_whose_weights_do_not_fit_its_config(tmp_path: Path) -> None:
+def test_a_changed_config_file_does_not_change_the_model(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "sigmoid")
-    write_train_config(TrainConfig(model=CONFIGS["softmax"], sequence_length=32), tmp_path / "run" / "config.json")
-    with pytest.raises(MoesaicError, match=r"router\.expert_bias \[5\] is unknown"):
-        load(tmp_path / "run")
+    changed = replace(CONFIGS["sigmoid"], rope_theta=90000.0)
+    write_train_config(TrainConfig(model=changed, sequence_length=32), tmp_path / "run" / "config.json")
+    assert load(tmp_path / "run").config == CONFIGS["sigmoid"]
+
+
+def test_a_tokenizer_that_the_run_was_not_trained_with_is_noticed(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    train_bpe(["some other text " * 50], 280).save(tmp_path / "run")
+    with pytest.raises(MoesaicError, match="the run was trained with another"):
+        load_tokenizer(tmp_path / "run")
 
 
 def test_run_without_states_is_a_wrong_request(tmp_path: Path) -> None:

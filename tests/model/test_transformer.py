@@ -160,4 +160,4 @@ def test_a_full_cache_names_its_capacity() -> None:
 
 def test_an_unknown_backend_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match="unknown backend 'fast'"):
-        build(SPARSE, "fast")(random_tokens(1, 2))
+        build(CONFIGS["dense, tied"], "fast")

@@ -220,7 +220,7 @@ def test_hub_data_sets_are_streamed(tmp_path):
     assert {document.text for document in documents(f"hub:{tmp_path}@test")} == {f"test {i}" for i in range(60)}
     with pytest.raises(UsageError, match=r"row 1 has no field 'body'; it has n, text"):
         next(documents(f"hub:{tmp_path}", text_field="body"))
-    with pytest.raises(MoesaicError, match="cannot be opened"):
+    with pytest.raises(MoesaicError, match="cannot be read"):
         next(documents(f"hub:{tmp_path}@nosuchsplit"))
 
 

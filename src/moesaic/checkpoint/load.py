@@ -20,12 +20,12 @@ from moesaic.config import ModelConfig, TrainConfig
 from moesaic.config_io import from_mapping
 from moesaic.errors import MoesaicError, UsageError
 from moesaic.model.transformer import Transformer
+from moesaic.ops import DTYPES
 from moesaic.ops.device import resolve_device
 from moesaic.tokenizer import Tokenizer
 from moesaic.tokenizer import load_tokenizer as read_tokenizer
 from moesaic.weights_io import WeightDirectory, read_json
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Shape = tuple[int, ...]
 
 
@@ -64,16 +64,26 @@ def load(
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer that belongs to MODEL."""
-    return read_tokenizer(resolve_model(path).directory)
+    """The tokenizer that belongs to MODEL.
+
+    Raises MoesaicError when it is not the one that a run was trained with.
+    """
+    source = resolve_model(path)
+    tokenizer = read_tokenizer(source.directory)
+    if source.kind == "run":
+        trained_with = newest_run_state(source.directory).extra["tokenizer"]
+        if tokenizer.fingerprint != trained_with:
+            raise MoesaicError(
+                f"{source.directory / 'tokenizer.json'} or tokenizer_config.json is damaged: the run was trained with "
+                f"another; remove both and resume the run, which writes them again"
+            )
+    return tokenizer
 
 
 def load_config(source: ModelSource) -> ModelConfig:
-    """Raises MoesaicError, naming config.json, for what it says and we cannot do."""
+    """The config of a Hugging Face directory; MoesaicError, naming config.json, for what we cannot do."""
     values = read_json(source.config_path)
     try:
-        if source.kind == "run":
-            return from_mapping(TrainConfig, values).model
         config = family_of(values["model_type"]).config_from_hf(values)
         generation = source.directory / "generation_config.json"
         eos_token_ids = token_ids(read_json(generation).get("eos_token_id")) if generation.exists() else ()
@@ -87,7 +97,8 @@ def _load_run(source: ModelSource, dtype: torch.dtype | None, device: torch.devi
     for warning in state.warnings:
         warnings.warn(f"{source.directory}: {warning}", stacklevel=3)
     stored = state.load_tensors("model")
-    model = _empty_model(load_config(source), backend)
+    # The config inside the state is under its checksums; RUN/config.json is only what started the run.
+    model = _empty_model(from_mapping(TrainConfig, state.extra["config"]).model, backend)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in stored.items()}, state.directory)
     wanted = dtype or torch.float32

@@ -4,6 +4,7 @@ A user's mistake is one line on stderr and exit code 2, a failure one line and e
 """
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from rich.console import Console
 
 from moesaic import __version__
 from moesaic.errors import MoesaicError
+
+_FLAG_NAME = re.compile(r"^--[\w.-]+")
 
 app = App(
     name="moesaic",
@@ -29,14 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.showwarning = _one_line_warning
     try:
         status = app(
-            [_with_dashes(argument) for argument in (sys.argv[1:] if arguments is None else arguments)],
+            _with_dashes(sys.argv[1:] if arguments is None else arguments),
             exit_on_error=False,
             print_error=False,
             result_action="return_value",
         )
     except CycloptsError as error:
-        message = " ".join(str(error).split())
-        _fail(f"{message} See moesaic {' '.join(error.command_chain or ())} --help".replace("  ", " "), 2)
+        _fail(f"{error} See moesaic {' '.join(error.command_chain or ())} --help".replace("  ", " "), 2)
     except MoesaicError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -45,18 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The reader of our output has left; keep the interpreter from complaining when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _with_dashes(argument: str) -> str:
-    """`--max_tokens` and `--max-tokens` are the same flag."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
+def _with_dashes(arguments: Sequence[str]) -> list[str]:
+    """`--max_tokens` and `--max-tokens` are the same flag. What follows --prompt is text and stays as it is."""
+    return [
+        argument if before == "--prompt" else _FLAG_NAME.sub(lambda name: name[0].replace("_", "-"), argument)
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+    ]
 
 
 def _fail(message: str, code: int) -> None:
+    message = " ".join(message.split())
     Console(stderr=True).print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from moesaic.accounting import count_parameters, flops_per_token
 from moesaic.cli.options import progress_bars
 from moesaic.config import TrainConfig
-from moesaic.config_io import to_mapping
+from moesaic.config_io import read_run_config, to_mapping
 from moesaic.errors import UsageError
 from moesaic.recipes import DEFAULT_MINUTES, demo_config
 
@@ -50,10 +50,11 @@ def demo(
     plain
         Lines instead of a live screen, also on a terminal.
     """
-    if minutes <= 0:
+    if not 0 < minutes < 60 * 24 * 7:
         raise UsageError(f"--minutes is {minutes}; give a number above 0, such as 2")
     configs = {name: demo_config(name, minutes=minutes, seed=seed, source=data) for name in ("dense", "sparse")}
     _require_twins(configs)
+    _require_same_demo(configs, out)
 
     from moesaic.analysis.report import write_report
 
@@ -85,6 +86,15 @@ def _train(config: TrainConfig, run: Path, data: Path, console: Console, plain: 
         progress=progress_bars(console),
         data_directory=data,
     )
+
+
+def _require_same_demo(configs: dict[str, TrainConfig], out: Path) -> None:
+    """An unfinished or finished demo in `out` goes on only with the options that it was started with."""
+    for name, config in configs.items():
+        if (out / name / "config.json").exists() and read_run_config(out / name) != config:
+            raise UsageError(
+                f"{out} holds a demo with other options; name another with --out {out}-2, or remove it: rm -r {out}"
+            )
 
 
 def _require_twins(configs: dict[str, TrainConfig]) -> None:
@@ -133,10 +143,11 @@ def _hardware() -> dict[str, object]:
 
     import torch
 
+    from moesaic.ops.device import device_name, resolve_device
     from moesaic.ops.instruction_set import instruction_set
 
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": device_name(resolve_device("auto")),
         "instruction set": instruction_set(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,

@@ -21,7 +21,7 @@ def doctor(*, json_output: JsonFlag = False) -> None:
     import torch
 
     from moesaic.ops import BACKENDS, ExpertShape, pick, refusal
-    from moesaic.ops.device import measured_matmul_peak, resolve_device
+    from moesaic.ops.device import device_name, measured_matmul_peak, resolve_device
     from moesaic.ops.instruction_set import cpu_features, instruction_set, native_status
 
     device = resolve_device("auto")
@@ -35,7 +35,7 @@ def doctor(*, json_output: JsonFlag = False) -> None:
         "backend": picked,
         "instruction_set": instruction_set(),
         "native_kernels": native_status(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moesaic.cli.options import JsonFlag, ModelOptions, existing_file
+from moesaic.errors import UsageError
 
 _MODEL = ModelOptions()
 
@@ -28,7 +29,7 @@ def evaluate(
     model
         A run directory, a Hugging Face directory, or a hub id.
     data
-        A UTF-8 text file.
+        A UTF-8 text file. A last window shorter than --sequence-length is left out.
     sequence_length
         Tokens per window; windows do not overlap and see nothing before them.
     batch_size
@@ -42,9 +43,16 @@ def evaluate(
     from moesaic.train.data import tokenize_for_evaluation, validation_batches
     from moesaic.train.evaluate import evaluate as evaluate_model
 
+    for flag, value in (("--sequence-length", sequence_length), ("--batch-size", batch_size)):
+        if value < 1:
+            raise UsageError(f"{flag} is {value}; it must be 1 or more")
+    path = existing_file(data, "--data")
     tokenizer = load_tokenizer(model)
-    token_file, _ = tokenize_for_evaluation(tokenizer, str(existing_file(data, "--data")))
+    token_file, _ = tokenize_for_evaluation(tokenizer, str(path), max_bytes=path.stat().st_size)
     transformer = load(model, dtype=loading.dtype, device=loading.device, backend=loading.backend)
+    positions = transformer.config.max_position_embeddings
+    if sequence_length > positions:
+        raise UsageError(f"--sequence-length is {sequence_length} but the model has {positions} positions; lower it")
     batches = validation_batches(token_file, sequence_length, batch_size, len(token_file))
     result = evaluate_model(transformer, batches, torch.tensor(tokenizer.token_bytes()))
     report = {

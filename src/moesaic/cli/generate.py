@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from moesaic.cli.options import JsonFlag, ModelOptions, SamplingOptions
+from moesaic.errors import UsageError
 
 _MODEL, _SAMPLING = ModelOptions(), SamplingOptions()
 
@@ -38,7 +39,7 @@ def generate(
     tokenizer = load_tokenizer(model)
     transformer = load(model, dtype=loading.dtype, device=loading.device, backend=loading.backend)
     generation = Generation(prompt_tokens=0)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read_stdin() if prompt == "-" else prompt
     prompt_ids = tokenizer.encode(text, add_special_tokens=True)
     for piece in stream(transformer, tokenizer, prompt_ids, sampling_config, generation):
         if not json_output:
@@ -55,3 +56,10 @@ def generate(
         "peak_bytes": peak_bytes(),
     }
     print(json.dumps(report))
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8 at byte {error.start}; convert it with iconv") from None

@@ -1,5 +1,6 @@
 """`moesaic train`: a run from a TOML config and flags."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -51,8 +52,9 @@ def train(
         progress=progress_bars(console),
     )
     if trainer.stop_requested and trainer.step < train_config.steps:
+        stored_config, quoted_out = (shlex.quote(str(path)) for path in (run_directory / "config.json", run_directory))
         console.print(
-            f"stopped at step {trainer.step}; go on with: moesaic train {config} --out {run_directory} --resume",
+            f"stopped at step {trainer.step}; go on with: moesaic train {stored_config} --out {quoted_out} --resume",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
         return 130

@@ -23,9 +23,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        weights = ExpertWeights(
-            gate_up=self.gate_up.to(dtype), down=self.down.to(dtype), format=str(dtype).removeprefix("torch.")
-        )
+        weights = ExpertWeights(gate_up=self.gate_up.to(dtype), down=self.down.to(dtype))
         shape = ExpertShape(
             hidden_size=x.shape[1], moe_intermediate_size=self.down.shape[2], device=x.device.type, dtype=dtype
         )

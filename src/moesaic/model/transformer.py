@@ -18,7 +18,7 @@ from moesaic.model.mlp import MLP
 from moesaic.model.moe import MoE
 from moesaic.model.norm import RMSNorm
 from moesaic.model.rope import rotary_tables
-from moesaic.ops import Routing
+from moesaic.ops import Routing, require_known
 
 
 class Transformer(nn.Module):
@@ -30,6 +30,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
         super().__init__()
+        require_known(backend)
         self.config = config
         self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -72,7 +73,7 @@ class Transformer(nn.Module):
 
         x_BLD = self.embed_tokens(tokens)
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled() and kv is None:
                 x_BLD, routing = _checkpointed(block, x_BLD, rotary, attention_mask, padding_mask)
             else:
                 x_BLD, routing = block(x_BLD, rotary, attention_mask, padding_mask, kv)

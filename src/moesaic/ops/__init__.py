@@ -16,7 +16,21 @@ from moesaic.ops.reference import reference_experts
 from moesaic.ops.routing import Routing
 from moesaic.ops.weights import ExpertWeights
 
-__all__ = ["BACKENDS", "Backend", "ExpertShape", "ExpertWeights", "Routing", "pick", "refusal"]
+__all__ = [
+    "BACKENDS",
+    "DTYPES",
+    "Backend",
+    "ExpertShape",
+    "ExpertWeights",
+    "Routing",
+    "pick",
+    "refusal",
+    "require_known",
+]
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What a config's or a flag's dtype names."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +52,8 @@ class Backend:
     run: Callable[[Tensor, Routing, ExpertWeights], Tensor]
     devices: frozenset[str]
     dtypes: frozenset[torch.dtype]
-    formats: frozenset[str]
     row_alignment_bytes: int = 1
     """hidden_size and moe_intermediate_size must fill a multiple of this many bytes."""
-    has_gradients: bool = True
     about: str = ""
 
 
@@ -51,7 +63,6 @@ BACKENDS: dict[str, Backend] = {
         run=grouped_experts,
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16}),
-        formats=frozenset({"float32", "bfloat16"}),
         row_alignment_bytes=16,
         about="grouped matrix products of torch over rows sorted by expert",
     ),
@@ -59,7 +70,6 @@ BACKENDS: dict[str, Backend] = {
         run=reference_experts,
         devices=frozenset({"cpu", "cuda", "mps"}),
         dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
-        formats=frozenset({"float32", "bfloat16"}),
         about="a plain loop over experts; slow, right, everywhere",
     ),
 }
@@ -80,6 +90,12 @@ def refusal(name: str, shape: ExpertShape) -> str | None:
     return None
 
 
+def require_known(name: str) -> None:
+    """Raises UsageError unless `name` is `auto` or a backend."""
+    if name != "auto" and name not in BACKENDS:
+        raise UsageError(f"unknown backend '{name}'; choose auto, {', '.join(BACKENDS)}")
+
+
 def pick(name: str, shape: ExpertShape) -> str:
     """The backend to use: `name` itself, or for `auto` the first that accepts the shape.
 
@@ -88,8 +104,7 @@ def pick(name: str, shape: ExpertShape) -> str:
     """
     if name == "auto":
         return next(candidate for candidate in BACKENDS if refusal(candidate, shape) is None)
-    if name not in BACKENDS:
-        raise UsageError(f"unknown backend '{name}'; choose auto, {', '.join(BACKENDS)}")
+    require_known(name)
     reason = refusal(name, shape)
     if reason is not None:
         others = [other for other in BACKENDS if refusal(other, shape) is None]

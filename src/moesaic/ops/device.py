@@ -1,7 +1,10 @@
 """Where tensors live, and how fast that place multiplies matrices."""
 
+import contextlib
 import ctypes
+import platform
 import time
+from pathlib import Path
 
 import torch
 
@@ -19,21 +22,32 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with contextlib.suppress(RuntimeError, AssertionError):
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise UsageError(f"device '{name}' is not here; this machine has {', '.join(present)}") from None
-    return device
+        if device.type != "meta":
+            return device
+    present = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    raise UsageError(f"device '{name}' is not here; this machine has {', '.join(present)}")
+
+
+def device_name(device: torch.device) -> str:
+    """What its maker calls the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def prepare_cpu_for_training() -> None:
     """Keep what a step has freed for the next one, and round denormal numbers to zero.
 
     glibc gives large blocks back to the kernel as soon as they are freed, so a training step on a CPU faults in and
-    clears all its activations again: about a quarter of the time of a small model's step. Process-wide; other C
-    libraries are left as they are.
+    clears all its activations again: about a quarter of the time of a small model's step. Holds for the process, and
+    for threads that start later; C libraries other than glibc are left as they are.
     """
     torch.set_flush_denormal(True)
     try:
@@ -46,8 +60,9 @@ def prepare_cpu_for_training() -> None:
 
 def measured_matmul_peak(device: str, dtype: torch.dtype, size: int = 1536, seconds: float = 0.3) -> float:
     """FLOP/s of the fastest of several square matrix products of this size, within about `seconds`."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
+    # Made without the global random generator, whose state belongs to the run.
+    a = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
+    b = a.mT.contiguous()
     best = float("inf")
     stop = time.perf_counter() + seconds
     while True:

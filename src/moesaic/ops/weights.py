@@ -16,9 +16,6 @@ class ExpertWeights:
     """(E, 2F, D): rows 0..F-1 are the gate, rows F..2F-1 the up projection."""
     down: Tensor
     """(E, D, F)."""
-    format: str = "float32"
-    """How the numbers are stored: `float32` or `bfloat16`."""
-    activation: str = "silu"
 
     @property
     def num_experts(self) -> int:

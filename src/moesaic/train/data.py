@@ -112,7 +112,8 @@ class TrainBatches:
     """Batches of training windows as a pure function of the step, so a run resumes from its step number alone.
 
     Windows have sequence_length + 1 ids and stride sequence_length, so every id but the first is a target once per
-    epoch; each epoch has an order of its own, drawn from (seed, epoch). A batch may straddle two epochs.
+    epoch (a last part shorter than a window is not used). Each epoch has an order of its own, drawn from (seed, epoch);
+    a batch may straddle two epochs.
     """
 
     def __init__(self, token_file: TokenFile, sequence_length: int, batch_size: int, seed: int) -> None:

@@ -3,7 +3,9 @@
 M mixture-of-experts layers, E experts.
 """
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,12 @@ class MetricsLog:
 
     def __init__(self, run_directory: Path, *, resume_step: int, tensorboard: bool = False) -> None:
         self.path = run_directory / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
-        self._file = self.path.open("w", encoding="utf-8")
+        self._keep_until(resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = _tensorboard_writer(run_directory, resume_step) if tensorboard else None
-        for row in kept:
-            self._write_line(row)
-        self._file.flush()
 
     def write(self, row: dict[str, Any]) -> None:
-        self._write_line(row)
+        self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
             for key, value in row.items():
@@ -50,20 +49,25 @@ class MetricsLog:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def _write_line(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+    def _keep_until(self, step: int) -> None:
+        """Drop later rows; whoever is killed meanwhile leaves the old file or the new one."""
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a killed process left incomplete is dropped."""
-    if not path.exists():
-        return []
+    """The rows of a metrics file, without lines that a killed process or a bad disk left unreadable."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row:
+                rows.append(row)
     return rows
 
 

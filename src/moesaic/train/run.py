@@ -1,27 +1,32 @@
 """A run from its config to its last step: directory, data, model, trainer, and a tidy end on Ctrl-C."""
 
 import fcntl
+import os
 import signal
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 
+import torch
+
+from moesaic.accounting import weight_bytes
 from moesaic.checkpoint.run_state import RunState, list_steps, newest_run_state
 from moesaic.config import TrainConfig
-from moesaic.config_io import read_run_config, write_run_config
+from moesaic.config_io import from_mapping, write_run_config
 from moesaic.errors import UsageError
 from moesaic.model.transformer import Transformer
+from moesaic.ops import DTYPES, ExpertShape, pick
 from moesaic.ops.device import prepare_cpu_for_training, resolve_device
-from moesaic.train.data import PreparedData, prepare_data
+from moesaic.tokenizer import Tokenizer
+from moesaic.train.data import PreparedData, Progress, prepare_data
 from moesaic.train.screen import Screen
 from moesaic.train.trainer import Trainer
 
 # What may change when a run is resumed: nothing that decides an update.
 CHANGEABLE_ON_RESUME = {"checkpoint", "evaluate_every", "evaluation_tokens", "tensorboard", "max_nonfinite_steps"}
-
-Progress = Callable[[str, int, int | None], None]
 
 
 def run_training(
@@ -42,6 +47,10 @@ def run_training(
     Raises:
         UsageError: the directory holds a run already, or nothing to resume, or a run of another config.
     """
+    device = resolve_device(config.device)
+    _require_possible(config, device)
+    if resume:
+        newest_run_state(run_directory)  # before the lock, which would make a directory of a misspelt name
     with _only_process(run_directory):
         state = _state_to_resume(config, run_directory) if resume else _require_unused(run_directory)
         with progress or nullcontext() as report:
@@ -54,8 +63,8 @@ def run_training(
             )
         _require_vocabulary(config, data)
         write_run_config(run_directory, config)
-        data.tokenizer.save(run_directory)
-        trainer = Trainer(config, _build_model(config), data, run_directory)
+        _save_tokenizer(data.tokenizer, run_directory)
+        trainer = Trainer(config, _build_model(config, device), data, run_directory)
         with _stop_on_signal(trainer):
             screen.start(_title(run_directory, config), config.steps, state.step if state else 0)
             try:
@@ -73,27 +82,43 @@ def _title(run_directory: Path, config: TrainConfig) -> str:
     return f"{run_directory.name} ({kind})"
 
 
-def _build_model(config: TrainConfig) -> Transformer:
-    device = resolve_device(config.device)
+def _build_model(config: TrainConfig, device: torch.device) -> Transformer:
     if device.type == "cpu":
         prepare_cpu_for_training()
+    torch.manual_seed(config.seed)
     model = Transformer(config.model, backend=config.backend)
     model.init_weights(config.seed)
     return model.to(device)
 
 
-def _require_unused(run_directory: Path) -> None:
-    steps = list_steps(run_directory)
-    if steps:
+def _require_possible(config: TrainConfig, device: torch.device) -> None:
+    """Refuse, before anything is written, what would fail at the first step."""
+    moe = config.model.moe
+    if moe is not None:
+        shape = (config.model.hidden_size, moe.moe_intermediate_size, device.type, DTYPES[config.dtype])
+        pick(config.backend, ExpertShape(*shape))
+    # Parameters, gradients and two moments in float32; activations come on top.
+    needed = 4 * weight_bytes(config.model, "float32")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if device.type == "cpu" and needed > memory:
         raise UsageError(
-            f"{run_directory} already holds a run, saved at step {max(steps)}; continue it with --resume, "
+            f"training this model takes at least {needed / 2**30:.1f} GiB and this machine has "
+            f"{memory / 2**30:.1f} GiB; make model.hidden_size, num_hidden_layers or moe.num_experts smaller"
+        )
+
+
+def _require_unused(run_directory: Path) -> None:
+    newest = max(list_steps(run_directory), default=0)
+    if newest > 0:
+        raise UsageError(
+            f"{run_directory} already holds a run, saved at step {newest}; continue it with --resume, "
             "or name another directory with --out"
         )
 
 
 def _state_to_resume(config: TrainConfig, run_directory: Path) -> RunState:
     state = newest_run_state(run_directory)
-    stored = read_run_config(run_directory)
+    stored = from_mapping(TrainConfig, state.extra["config"])
     changed = [
         field.name
         for field in fields(config)
@@ -102,9 +127,17 @@ def _state_to_resume(config: TrainConfig, run_directory: Path) -> RunState:
     if changed:
         raise UsageError(
             f"{run_directory} was started with another config ({', '.join(changed)} differ); "
-            f"resume it with {run_directory / 'config.json'}, or start anew with another --out"
+            f"resume it with its own, {run_directory / 'config.json'}, or start anew with another --out"
         )
     return state
+
+
+def _save_tokenizer(tokenizer: Tokenizer, run_directory: Path) -> None:
+    """Beside the states, where loading looks for it; whoever is killed meanwhile leaves whole files."""
+    with tempfile.TemporaryDirectory(dir=run_directory, prefix=".tokenizer-") as folder:
+        tokenizer.save(Path(folder))
+        for path in Path(folder).iterdir():
+            os.replace(path, run_directory / path.name)
 
 
 def _require_vocabulary(config: TrainConfig, data: PreparedData) -> None:
@@ -118,8 +151,12 @@ def _require_vocabulary(config: TrainConfig, data: PreparedData) -> None:
 @contextmanager
 def _only_process(run_directory: Path) -> Iterator[None]:
     """Hold the directory's lock; the kernel lets go of it when the process ends, however it ends."""
-    run_directory.mkdir(parents=True, exist_ok=True)
-    with (run_directory / ".lock").open("w") as lock:
+    try:
+        run_directory.mkdir(parents=True, exist_ok=True)
+        lock_file = (run_directory / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"cannot write to {run_directory}: {error.strerror}; name another --out") from None
+    with lock_file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

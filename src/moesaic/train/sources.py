@@ -256,14 +256,18 @@ def _hub_documents(source: str, text_field: str) -> Iterator[Document]:
     name, _, split = source.removeprefix("hub:").partition("@")
     name, _, config = name.partition(":")
     domain = config or name.rpartition("/")[2]
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-    except Exception as error:  # the library raises a dozen kinds, among them its own and the network's
-        raise MoesaicError(f"the data set {source} cannot be opened: {' '.join(str(error).split())}") from error
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(_streamed_rows(datasets, source, name, config, split or "train"), start=1):
         text = _record_text(row, text_field, f"{source} row {number}")
         if text:
             yield Document(text, domain, f"{source}:{number}")
+
+
+def _streamed_rows(datasets: Any, source: str, name: str, config: str, split: str) -> Iterator[Any]:
+    """The rows of a hub data set; the network may fail at the first or at any later one."""
+    try:
+        yield from datasets.load_dataset(name, config or None, split=split, streaming=True)
+    except Exception as error:  # the library raises a dozen kinds, among them its own and the network's
+        raise MoesaicError(f"the data set {source} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _import_extra(module: str) -> Any:

@@ -17,10 +17,11 @@ from torch.nn import functional
 from moesaic.accounting import flops_per_token
 from moesaic.checkpoint.run_state import RunState, save_run_state
 from moesaic.config import TrainConfig
+from moesaic.config_io import to_mapping
 from moesaic.errors import MoesaicError
 from moesaic.model.balance import switch_loss, update_expert_bias, z_loss
 from moesaic.model.transformer import Transformer
-from moesaic.ops import Routing
+from moesaic.ops import DTYPES, Routing
 from moesaic.ops.device import measured_matmul_peak
 from moesaic.train.data import PreparedData, TrainBatches, validation_batches
 from moesaic.train.evaluate import Evaluation, evaluate
@@ -28,8 +29,6 @@ from moesaic.train.metrics import MetricsLog, load_statistics
 from moesaic.train.optimizer import load_optimizer_tensors, make_optimizers, optimizer_tensors, set_learning_rates
 from moesaic.train.schedule import rate_factor
 from moesaic.train.screen import Screen
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Trainer:
             MoesaicError: the loss was not finite for `max_nonfinite_steps` steps in a row.
         """
         if resume_from is not None:
-            self._restore(resume_from)
+            self._restore(resume_from, screen)
         log = MetricsLog(self.run_directory, resume_step=self.step, tensorboard=self.config.tensorboard)
         peak_flops = measured_matmul_peak(self.device.type, DTYPES[self.config.dtype])
         flops = flops_per_token(self.config.model, (self.config.sequence_length + 1) / 2).training
@@ -92,7 +91,7 @@ class Trainer:
                     row = self._evaluation_row(self.evaluate(), flops)
                     log.write(row)
                     screen.evaluation(row)
-                if self._due(self.config.checkpoint.save_every):
+                if self._due(self.config.checkpoint.save_every) and self.nonfinite_steps == 0:
                     saved_step = self._save(screen)
             if saved_step != self.step:
                 self._save(screen)
@@ -123,14 +122,14 @@ class Trainer:
         self.step += 1
         return Update(loss, aux, z, grad_norm, load_ME, skipped)
 
-    def evaluate(self, max_tokens: int | None = None, num_domains: int = 1) -> Evaluation:
-        """Score the validation text, up to `evaluation_tokens` of it."""
+    def evaluate(self, num_domains: int = 1) -> Evaluation:
+        """Score `evaluation_tokens` of the validation text, spread evenly over it."""
         config = self.config
         batches = validation_batches(
             self.data.validation,
             config.sequence_length,
             config.micro_batch_size or config.batch_size,
-            max_tokens or config.evaluation_tokens,
+            config.evaluation_tokens,
         )
         dtype = DTYPES[config.dtype]
         return evaluate(self.model, batches, self.token_bytes, num_domains=num_domains, dtype=dtype)
@@ -173,8 +172,8 @@ class Trainer:
         screen.note(f"step {self.step}: the loss or its gradient is not finite; this update was skipped")
         if self.nonfinite_steps >= self.config.max_nonfinite_steps:
             raise MoesaicError(
-                f"{self.nonfinite_steps} updates in a row were not finite, the last at step {self.step}; lower "
-                f"optimizer.lr (and matrix_lr, feed_forward_lr), or go back to a saved state with --resume"
+                f"{self.nonfinite_steps} updates in a row were not finite, the last at step {self.step}; start "
+                "anew with a lower --optimizer.lr (and matrix_lr, feed_forward_lr) and another --out"
             )
 
     def _due(self, every: int) -> bool:
@@ -217,24 +216,38 @@ class Trainer:
         tensors = {
             **{f"model.{name}": value for name, value in self.model.state_dict().items()},
             **{f"optimizer.{name}": value for name, value in moments.items()},
+            **{f"random.{name}": value for name, value in self._random_states().items()},
         }
         extra = {
-            **self._progress(),
+            "config": to_mapping(self.config),
+            "tokenizer": self.data.tokenizer.fingerprint,
             "training_seconds": self.training_seconds,
-            "nonfinite_steps": self.nonfinite_steps,
-            "rng_state": torch.get_rng_state().tolist(),
+            "threads": torch.get_num_threads(),
         }
         save_run_state(self.run_directory, self.step, tensors, extra, keep=self.config.checkpoint.keep)
         screen.note(f"step {self.step}: state saved")
         return self.step
 
-    def _restore(self, state: RunState) -> None:
+    def _restore(self, state: RunState, screen: Screen) -> None:
         self.model.load_state_dict(state.load_tensors("model"))
         load_optimizer_tensors(self.optimizers, self.model, state.load_tensors("optimizer"))
+        random = state.load_tensors("random")
+        torch.set_rng_state(random["cpu"])
+        if self.device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], self.device)
         self.step = state.step
         self.training_seconds = state.extra["training_seconds"]
-        self.nonfinite_steps = state.extra["nonfinite_steps"]
-        torch.set_rng_state(torch.tensor(state.extra["rng_state"], dtype=torch.uint8))
+        if state.extra["threads"] != torch.get_num_threads():
+            screen.note(
+                f"this run was saved with {state.extra['threads']} threads and goes on with {torch.get_num_threads()}: "
+                "the last bits of its numbers may differ from an undisturbed run"
+            )
+
+    def _random_states(self) -> dict[str, Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
 
 
 def _mean(values: Iterable[Tensor]) -> Tensor:
