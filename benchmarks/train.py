@@ -25,7 +25,7 @@ from common import Row, note, run_benchmark
 from torch import nn
 from torch.nn import functional
 
-from moesaic.accounting import flops_per_token
+from moesaic.accounting import training_flops_per_token
 from moesaic.checkpoint.save import export_model
 from moesaic.config import (
     BalanceConfig,
@@ -286,7 +286,7 @@ def _time(contenders: list[Contender], rounds: int) -> None:
 def _speed_row(contest: Contest, peak_flops: float) -> Row:
     """The limit is a machine that does nothing but matrix products, at the peak measured in this run."""
     config, ours, peer = contest.config, contest.ours, contest.best_peer
-    flops = flops_per_token(config.model, (config.sequence_length + 1) / 2).training
+    flops = training_flops_per_token(config.model, config.sequence_length)
     return Row(
         work=f"{contest.name}: training step of {config.tokens_per_step} tokens, {config.dtype}",
         unit="tokens/s",
@@ -300,9 +300,7 @@ def _speed_row(contest: Contest, peak_flops: float) -> Row:
 
 def _sparse_against_dense(name: str, sparse: Contest, dense: Contest) -> Row:
     """The limit is what the router adds in FLOPs, as if they were all that takes time."""
-    flops = [
-        flops_per_token(one.config.model, (one.config.sequence_length + 1) / 2).training for one in (sparse, dense)
-    ]
+    flops = [training_flops_per_token(one.config.model, one.config.sequence_length) for one in (sparse, dense)]
     ours = sparse.ours.median / dense.ours.median
     peer = sparse.best_peer.median / dense.best_peer.median
     return Row(

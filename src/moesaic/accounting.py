@@ -75,8 +75,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 def flops_per_token(config: ModelConfig, context_length: float) -> Flops:
     """Matrix products of one token that attends to `context_length` tokens on average.
 
-    In causal training on sequences of length S that average is (S + 1) / 2. The embedding look-up is free, norms,
-    activations and softmax are left out, as is usual.
+    The embedding look-up is free; norms, activations and softmax are left out, as is usual.
     """
     count = count_parameters(config)
     head = config.vocab_size * config.hidden_size
@@ -84,6 +83,11 @@ def flops_per_token(config: ModelConfig, context_length: float) -> Flops:
     scores_and_values = 2 * config.num_attention_heads * config.head_dim * context_length * config.num_hidden_layers
     forward = 2.0 * (matrices + scores_and_values)
     return Flops(forward=forward, training=3 * forward)
+
+
+def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Forward and backward of one token in causal training on sequences of this length."""
+    return flops_per_token(config, (sequence_length + 1) / 2).training
 
 
 def weight_bytes(config: ModelConfig, dtype: str) -> int:

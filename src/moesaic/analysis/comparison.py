@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from moesaic.accounting import count_parameters, flops_per_token
+from moesaic.accounting import count_parameters, training_flops_per_token
 from moesaic.config import TrainConfig
 from moesaic.errors import MoesaicError
 
@@ -54,13 +54,12 @@ class RunCurve:
     def of_run(cls, name: str, config: TrainConfig, rows: Sequence[Row]) -> "RunCurve":
         """The curve of a run of this config; parameters and FLOPs come from the accounting."""
         count = count_parameters(config.model)
-        average_context = (config.sequence_length + 1) / 2
         return cls(
             name=name,
             rows=rows,
             parameters_total=count.total,
             parameters_active=count.active,
-            flops_per_token=flops_per_token(config.model, average_context).training,
+            flops_per_token=training_flops_per_token(config.model, config.sequence_length),
         )
 
     @cached_property

@@ -20,12 +20,10 @@ def chat(model: str, /, *, loading: ModelOptions = _MODEL, sampling: SamplingOpt
     model
         A run directory, a Hugging Face directory, or a hub id.
     """
-    from moesaic.checkpoint.load import load, load_tokenizer
     from moesaic.engine.generate import Generation, stream
 
     config = sampling.to_config()
-    tokenizer = load_tokenizer(model)
-    transformer = load(model, dtype=loading.dtype, device=loading.device, backend=loading.backend)
+    transformer, tokenizer = loading.load(model)
     console = Console()
     if not tokenizer.has_chat_template:
         console.print("This model has no chat template: it continues what you write.", style="dim")

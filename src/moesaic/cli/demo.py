@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
-from moesaic.accounting import count_parameters, flops_per_token
+from moesaic.accounting import count_parameters, training_flops_per_token
 from moesaic.cli.options import progress_bars
 from moesaic.config import TrainConfig
 from moesaic.config_io import read_run_config, to_mapping
@@ -100,10 +100,11 @@ def _require_same_demo(configs: dict[str, TrainConfig], out: Path) -> None:
 def _require_twins(configs: dict[str, TrainConfig]) -> None:
     """Equal work per token is what makes the comparison one; the accounting proves it before anything is trained."""
     sparse, dense = configs["sparse"], configs["dense"]
-    context = (sparse.sequence_length + 1) / 2
     pairs = {
         "active parameters": [count_parameters(config.model).active for config in (sparse, dense)],
-        "FLOPs per token": [flops_per_token(config.model, context).forward for config in (sparse, dense)],
+        "FLOPs per token": [
+            training_flops_per_token(config.model, config.sequence_length) for config in (sparse, dense)
+        ],
     }
     for what, (of_sparse, of_dense) in pairs.items():
         if abs(of_sparse / of_dense - 1) > LARGEST_DIFFERENCE:

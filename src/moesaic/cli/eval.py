@@ -39,7 +39,6 @@ def evaluate(
     """
     import torch
 
-    from moesaic.checkpoint.load import load, load_tokenizer
     from moesaic.train.data import tokenize_for_evaluation, validation_batches
     from moesaic.train.evaluate import evaluate as evaluate_model
 
@@ -47,9 +46,8 @@ def evaluate(
         if value < 1:
             raise UsageError(f"{flag} is {value}; it must be 1 or more")
     path = existing_file(data, "--data")
-    tokenizer = load_tokenizer(model)
+    transformer, tokenizer = loading.load(model)
     token_file, _ = tokenize_for_evaluation(tokenizer, str(path), max_bytes=path.stat().st_size)
-    transformer = load(model, dtype=loading.dtype, device=loading.device, backend=loading.backend)
     positions = transformer.config.max_position_embeddings
     if sequence_length > positions:
         raise UsageError(f"--sequence-length is {sequence_length} but the model has {positions} positions; lower it")
@@ -65,9 +63,10 @@ def evaluate(
     if json_output:
         print(json.dumps(report))
         return
-    table = Table(title=f"{model} on {data}", show_header=False)
+    console = Console()
+    console.print(f"{model} on {data}", highlight=False, soft_wrap=True)
+    table = Table(show_header=False, box=None)
     for name, value in report.items():
-        table.add_row(
-            name.replace("_", " "), "-" if value is None else f"{value:,.4g}" if name != "tokens" else f"{value:,}"
-        )
-    Console().print(table)
+        shown = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+        table.add_row(name.replace("_", " "), shown)
+    console.print(table)

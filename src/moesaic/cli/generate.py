@@ -32,12 +32,10 @@ def generate(
     json_output
         One JSON object with text, token_ids and speeds.
     """
-    from moesaic.checkpoint.load import load, load_tokenizer
     from moesaic.engine.generate import Generation, peak_bytes, stream
 
     sampling_config = sampling.to_config()
-    tokenizer = load_tokenizer(model)
-    transformer = load(model, dtype=loading.dtype, device=loading.device, backend=loading.backend)
+    transformer, tokenizer = loading.load(model)
     generation = Generation(prompt_tokens=0)
     text = _read_stdin() if prompt == "-" else prompt
     prompt_ids = tokenizer.encode(text, add_special_tokens=True)

@@ -4,13 +4,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moesaic.config import SamplingConfig
+from moesaic.errors import UsageError
+
+if TYPE_CHECKING:
+    from moesaic.model.transformer import Transformer
+    from moesaic.tokenizer import Tokenizer
 
 
 @Parameter(name="*")
@@ -24,6 +29,13 @@ class ModelOptions:
     "auto, cpu, cuda or cuda:N."
     backend: str = "auto"
     "How experts are computed; `moesaic doctor` lists the choices."
+
+    def load(self, model: str) -> "tuple[Transformer, Tokenizer]":
+        """MODEL and its tokenizer. torch is imported here, not by `--help`."""
+        from moesaic.checkpoint.load import load, load_tokenizer
+
+        tokenizer = load_tokenizer(model)
+        return load(model, dtype=self.dtype, device=self.device, backend=self.backend), tokenizer
 
 
 @Parameter(name="*")
@@ -72,8 +84,6 @@ def progress_bars(console: Console) -> Iterator[Callable[[str, int, int | None],
 
 def existing_file(path: Path, what: str) -> Path:
     """Raises UsageError unless `path` is a file."""
-    from moesaic.errors import UsageError
-
     if not path.is_file():
         raise UsageError(f"{what} {path} is not a file; check the path")
     return path

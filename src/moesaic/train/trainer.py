@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moesaic.accounting import flops_per_token
+from moesaic.accounting import training_flops_per_token
 from moesaic.checkpoint.run_state import RunState, save_run_state
 from moesaic.config import TrainConfig
 from moesaic.config_io import to_mapping
@@ -73,7 +73,7 @@ class Trainer:
             self._restore(resume_from, screen)
         log = MetricsLog(self.run_directory, resume_step=self.step, tensorboard=self.config.tensorboard)
         peak_flops = measured_matmul_peak(self.device.type, DTYPES[self.config.dtype])
-        flops = flops_per_token(self.config.model, (self.config.sequence_length + 1) / 2).training
+        flops = training_flops_per_token(self.config.model, self.config.sequence_length)
         saved_step = self.step if resume_from is not None else None
         try:
             if saved_step is None:
