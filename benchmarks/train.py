@@ -37,7 +37,7 @@ from moesaic.config import (
     TrainConfig,
 )
 from moesaic.model.transformer import Transformer
-from moesaic.ops.device import measured_matmul_peak, prepare_cpu_for_training
+from moesaic.ops.device import cpu_set_up_for_training, measured_matmul_peak
 from moesaic.ops.instruction_set import cpu_features
 from moesaic.recipes import demo_config
 from moesaic.tokenizer import byte_tokenizer
@@ -100,17 +100,17 @@ class Contest:
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
-    prepare_cpu_for_training()  # as every run here does; it holds for the process, so the peer gains too
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # glm4_moe without shared experts
     dtypes: list[DTypeName] = ["float32", "bfloat16"] if cpu_features()["avx512_bf16"] else ["float32"]
-    return [
-        row
-        for dtype in dtypes
-        for name, twins in (("demo", _demo_twins()), ("64 experts", _larger_twins()))
-        for row in _measure_twins(name, [_resized(twin, dtype, arguments) for twin in twins], arguments)
-    ]
+    with cpu_set_up_for_training():  # as every run here does; the peer gains from it too
+        return [
+            row
+            for dtype in dtypes
+            for name, twins in (("demo", _demo_twins()), ("64 experts", _larger_twins()))
+            for row in _measure_twins(name, [_resized(twin, dtype, arguments) for twin in twins], arguments)
+        ]
 
 
 def _demo_twins() -> tuple[TrainConfig, TrainConfig]:

@@ -63,6 +63,5 @@ def check_demo(folder: Path) -> None:
 
 def check_python(folder: Path) -> None:
     (code,) = blocks("python")
-    code = code.replace("import moesaic\n", "import moesaic, torch\ntokens = torch.randint(0, 256, (2, 16))\n", 1)
-    out = run([sys.executable, "-c", code + "\nprint(trace[0].expert_ids.shape)\n"], folder)
-    assert "torch.Size([32, " in out
+    out = run([sys.executable, "-c", code + "\nprint(trace[0].expert_ids.shape == (tokens.numel(), 4))\n"], folder)
+    assert out.endswith("True\n")

@@ -310,7 +310,7 @@ class TrainConfig:
         moe = self.model.moe
         _require(
             moe is not None or self.balance == BalanceConfig(),
-            "[balance] needs [model.moe]: a dense model has no experts to balance; remove the section",
+            "[balance] needs [model.moe]: a dense model has nothing to balance; remove the section or set it to 0",
         )
         _require(
             self.balance.bias_update_rate == 0 or (moe is not None and moe.router == "sigmoid_topk"),

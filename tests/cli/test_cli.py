@@ -212,7 +212,7 @@ def test_ctrl_c_saves_and_resume_goes_on_bitwise(workplace: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
     assert process.returncode == 130, err
-    printed = shlex.split(out.split("go on with: moesaic ")[1])
+    printed = shlex.split(out.split("go on with: ")[1].split("-m moesaic ")[1])
     assert 0 < int(newest(run).name[5:]) < 200
     assert moesaic(*printed).returncode == 0
     moesaic("train", config, "--out", workplace / "whole", "--steps", "200", "--checkpoint.save-every", "1000")

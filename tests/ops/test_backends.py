@@ -80,7 +80,8 @@ def test_outputs_and_gradients_equal_the_float64_reference(
     oracle = run("reference", case, dtype, top_k)
     for what, got, expected in zip(("y", "dx", "dweights", "dgate_up", "ddown"), ours, oracle, strict=True):
         assert got.shape == expected.shape, what
-        scale = expected.abs().max().clamp_min(1e-3) if expected.numel() else 1.0
+        # Inputs are of order 1; what comes out much smaller is what cancellation left, and rounds like its terms.
+        scale = expected.abs().max().clamp_min(0.5) if expected.numel() else 1.0
         error = (got - expected).abs().max() / scale if expected.numel() else 0.0
         assert error <= TOLERANCE[dtype], f"{what}: {error:.2e}"
 

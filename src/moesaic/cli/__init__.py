@@ -23,8 +23,20 @@ app = App(
     version=__version__,
     help="Train, load, run and explain mixture-of-experts language models on the machine you have.",
 )
-for command in ("demo", "train", "generate", "chat", "eval", "export", "bench", "doctor"):
-    app.command(f"moesaic.cli.{command}:{command if command != 'eval' else 'evaluate'}", name=command)
+# Name, function and one line of help, in the order in which one meets them; the file is read when it is called.
+for position, (name, function, about) in enumerate(
+    (
+        ("demo", "demo", "Train a sparse model and its dense twin on local text, and compare them."),
+        ("train", "train", "Train a model as a TOML config says."),
+        ("generate", "generate", "Continue a prompt."),
+        ("chat", "chat", "Talk to a model."),
+        ("eval", "evaluate", "Perplexity, bits per byte and balance on a text file."),
+        ("export", "export", "Write a run as a Hugging Face directory."),
+        ("bench", "bench", "Run a benchmark of the source checkout."),
+        ("doctor", "doctor", "What this machine has, and which backend it gets."),
+    )
+):
+    app.command(f"moesaic.cli.{name}:{function}", name=name, help=about, sort_key=position)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,12 +27,16 @@ def chat(model: str, /, *, loading: ModelOptions = _MODEL, sampling: SamplingOpt
     console = Console()
     if not tokenizer.has_chat_template:
         console.print("This model has no chat template: it continues what you write.", style="dim")
+    console.print("/clear forgets, /quit ends, Ctrl-C stops an answer.", style="dim", highlight=False)
     messages: list[dict[str, str]] = []
     while (line := _ask(console)) not in (None, "/quit"):
         if line == "/clear":
             messages.clear()
             continue
         if not line:
+            continue
+        if line.startswith("/"):
+            console.print(f"{line} is not a command; there are /clear and /quit", style="red", markup=False)
             continue
         messages.append({"role": "user", "content": line})
         if tokenizer.has_chat_template:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moesaic.accounting import count_parameters, training_flops_per_token
-from moesaic.cli.options import progress_bars
+from moesaic.cli.options import progress_bars, this_command
 from moesaic.config import TrainConfig
 from moesaic.config_io import read_run_config, to_mapping
 from moesaic.errors import UsageError
@@ -181,8 +181,8 @@ def _show(comparison: "Comparison", report: Path, out: Path, console: Console) -
     run = out / "sparse"
     console.print(
         f"report: {report}\nnext:\n"
-        f"  moesaic chat {run}\n"
-        f"  moesaic generate {run} --prompt 'def read_' --max-tokens 100\n"
-        f"  moesaic export {run} {out}/sparse-hf",
+        f"  {this_command()} chat {run}\n"
+        f"  {this_command()} generate {run} --prompt 'def read_' --max-tokens 100\n"
+        f"  {this_command()} export {run} {out}/sparse-hf",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

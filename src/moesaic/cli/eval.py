@@ -10,6 +10,7 @@ from moesaic.cli.options import JsonFlag, ModelOptions, existing_file
 from moesaic.errors import UsageError
 
 _MODEL = ModelOptions()
+LABELS = {"max_vio": "MaxVio", "loss": "loss (nats per token)"}
 
 
 def evaluate(
@@ -68,5 +69,5 @@ def evaluate(
     table = Table(show_header=False, box=None)
     for name, value in report.items():
         shown = "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
-        table.add_row(name.replace("_", " "), shown)
+        table.add_row(LABELS.get(name, name.replace("_", " ")), shown)
     console.print(table)

@@ -1,8 +1,12 @@
 """`moesaic export`: a run becomes a Hugging Face directory."""
 
+import shlex
+import sys
 from pathlib import Path
 
 from rich.console import Console
+
+from moesaic.cli.options import this_command
 
 
 def export(run: str, out: Path, /) -> None:
@@ -20,7 +24,8 @@ def export(run: str, out: Path, /) -> None:
 
     family = export_model(load(run), load_tokenizer(run), out)
     Console().print(
-        f"wrote {out} as {family}\n  moesaic generate {out} --prompt 'def '\n"
-        f"  python -c \"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{out}'))\"",
+        f"wrote {out} as {family}\n  {this_command()} generate {out} --prompt 'def '\n"
+        f"  {shlex.quote(sys.executable)} -c "
+        f"\"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('{out}'))\"",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

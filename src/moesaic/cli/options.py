@@ -1,5 +1,8 @@
 """What several commands share: which model, how it is sampled from, how progress is shown."""
 
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +65,14 @@ class SamplingOptions:
             top_k=self.top_k,
             seed=self.seed,
         )
+
+
+def this_command() -> str:
+    """How to call moesaic again from the same place, ready to paste."""
+    program = Path(sys.argv[0])
+    if program.name != "moesaic":
+        return f"{shlex.quote(sys.executable)} -m moesaic"
+    return "moesaic" if shutil.which("moesaic") == str(program) else shlex.quote(str(program))
 
 
 JsonFlag = Annotated[bool, Parameter(name="--json", negative="")]

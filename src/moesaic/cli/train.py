@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from moesaic.cli.options import progress_bars
+from moesaic.cli.options import progress_bars, this_command
 from moesaic.config_io import read_train_config
 from moesaic.errors import UsageError
 
@@ -54,13 +54,14 @@ def train(
     if trainer.stop_requested and trainer.step < train_config.steps:
         stored_config, quoted_out = (shlex.quote(str(path)) for path in (run_directory / "config.json", run_directory))
         console.print(
-            f"stopped at step {trainer.step}; go on with: moesaic train {stored_config} --out {quoted_out} --resume",
+            f"stopped at step {trainer.step}; go on with: {this_command()} train {stored_config} "
+            f"--out {quoted_out} --resume",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
         return 130
     console.print(
-        f"done: {run_directory}\n  moesaic generate {run_directory} --prompt 'def '\n"
-        f"  moesaic export {run_directory} {run_directory}-hf",
+        f"done: {run_directory}\n  {this_command()} generate {run_directory} --prompt 'def '\n"
+        f"  {this_command()} export {run_directory} {run_directory}-hf",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     return 0

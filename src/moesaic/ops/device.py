@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -42,20 +43,23 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def prepare_cpu_for_training() -> None:
+@contextlib.contextmanager
+def cpu_set_up_for_training() -> Iterator[None]:
     """Keep what a step has freed for the next one, and round denormal numbers to zero.
 
     glibc gives large blocks back to the kernel as soon as they are freed, so a training step on a CPU faults in and
-    clears all its activations again: about a quarter of the time of a small model's step. Holds for the process, and
-    for threads that start later; C libraries other than glibc are left as they are.
+    clears all its activations again: about a quarter of the time of a small model's step. Memory stays so for the
+    process, denormals come back at the end; C libraries other than glibc are left as they are.
     """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28)):
+            mallopt(option, value)
     torch.set_flush_denormal(True)
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**28)):
-        mallopt(option, value)
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def measured_matmul_peak(device: str, dtype: torch.dtype, size: int = 1536, seconds: float = 0.3) -> float:

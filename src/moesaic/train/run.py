@@ -19,7 +19,7 @@ from moesaic.config_io import from_mapping, write_run_config
 from moesaic.errors import UsageError
 from moesaic.model.transformer import Transformer
 from moesaic.ops import DTYPES, ExpertShape, pick
-from moesaic.ops.device import prepare_cpu_for_training, resolve_device
+from moesaic.ops.device import cpu_set_up_for_training, resolve_device
 from moesaic.tokenizer import Tokenizer
 from moesaic.train.data import PreparedData, Progress, prepare_data
 from moesaic.train.screen import Screen
@@ -65,11 +65,11 @@ def run_training(
         write_run_config(run_directory, config)
         _save_tokenizer(data.tokenizer, run_directory)
         trainer = Trainer(config, _build_model(config, device), data, run_directory)
-        with _stop_on_signal(trainer):
+        with _stop_on_signal(trainer), cpu_set_up_for_training() if device.type == "cpu" else nullcontext():
             screen.start(_title(run_directory, config), config.steps, state.step if state else 0)
             try:
-                for warning in state.warnings if state else ():
-                    screen.note(warning)
+                for note in (*(state.warnings if state else ()), *_advice(config)):
+                    screen.note(note)
                 trainer.run(screen, state)
             finally:
                 screen.stop()
@@ -82,9 +82,16 @@ def _title(run_directory: Path, config: TrainConfig) -> str:
     return f"{run_directory.name} ({kind})"
 
 
+def _advice(config: TrainConfig) -> list[str]:
+    """What a person would want to know before the run, although it is allowed."""
+    moe, balance = config.model.moe, config.balance
+    if moe is None or balance.aux_loss_coef or balance.bias_update_rate:
+        return []
+    fix = "bias_update_rate = 0.01" if moe.router == "sigmoid_topk" else "aux_loss_coef = 0.01"
+    return [f"nothing balances the load, so experts may die; set balance.{fix}"]
+
+
 def _build_model(config: TrainConfig, device: torch.device) -> Transformer:
-    if device.type == "cpu":
-        prepare_cpu_for_training()
     torch.manual_seed(config.seed)
     model = Transformer(config.model, backend=config.backend)
     model.init_weights(config.seed)
@@ -120,9 +127,9 @@ def _state_to_resume(config: TrainConfig, run_directory: Path) -> RunState:
     state = newest_run_state(run_directory)
     stored = from_mapping(TrainConfig, state.extra["config"])
     changed = [
-        field.name
-        for field in fields(config)
-        if field.name not in CHANGEABLE_ON_RESUME and getattr(config, field.name) != getattr(stored, field.name)
+        name
+        for name in (field.name for field in fields(config))
+        if name not in CHANGEABLE_ON_RESUME and getattr(config, name) != getattr(stored, name)
     ]
     if changed:
         raise UsageError(
