@@ -53,7 +53,7 @@ class _GroupedExperts(torch.autograd.Function):
         sigmoid_NF = torch.sigmoid(gate_NF)
         silu_NF = gate_NF * sigmoid_NF
         hidden_NF = silu_NF * up_NF
-        grad_row_weights_N = (grad_weighted_NF * hidden_NF).sum(1, dtype=torch.float32)
+        grad_row_weights_N = (grad_weighted_NF.float() * hidden_NF).sum(1)
         grad_down_E = _outer_products(grad_y_ND, hidden_NF.mul_(weights_N1), down_E, offsets_E)
 
         grad_hidden_NF = grad_weighted_NF.mul_(weights_N1)
