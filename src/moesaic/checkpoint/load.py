@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from moesaic.checkpoint.families import family_of
 from moesaic.checkpoint.families.hf_config import token_ids
 from moesaic.checkpoint.families.rules import Layout, TensorRule
 from moesaic.checkpoint.resolve import ModelSource, resolve_model
-from moesaic.checkpoint.run_state import RunState, newest_run_state
+from moesaic.checkpoint.run_state import newest_run_state
 from moesaic.config import ModelConfig, TrainConfig
 from moesaic.config_io import from_mapping
 from moesaic.errors import MoesaicError, UsageError
@@ -72,7 +71,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     source = resolve_model(path)
     tokenizer = read_tokenizer(source.directory)
     if source.kind == "run":
-        trained_with = _extra(newest_run_state(source.directory), "tokenizer")
+        trained_with = newest_run_state(source.directory).value("tokenizer")
         if tokenizer.fingerprint != trained_with:
             raise MoesaicError(
                 f"{source.directory / 'tokenizer.json'} or tokenizer_config.json is damaged: the run was trained with "
@@ -99,21 +98,13 @@ def _load_run(source: ModelSource, dtype: torch.dtype | None, device: torch.devi
         warnings.warn(f"{source.directory}: {warning}", stacklevel=3)
     stored = state.load_tensors("model")
     # The config inside the state is under its checksums; RUN/config.json is only what started the run.
-    model = _empty_model(from_mapping(TrainConfig, _extra(state, "config")).model, backend)
+    model = _empty_model(from_mapping(TrainConfig, state.value("config")).model, backend)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     _check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in stored.items()}, state.directory)
     wanted = dtype or torch.float32
     tensors = {name: tensor.to(device, _final_dtype(name, tensor.dtype, wanted)) for name, tensor in stored.items()}
     model.load_state_dict(tensors, assign=True)
     return model
-
-
-def _extra(state: RunState, key: str) -> Any:
-    if key not in state.extra:
-        raise MoesaicError(
-            f"{state.directory} has no {key} in its state.json: another version wrote it; train it again"
-        )
-    return state.extra[key]
 
 
 def _load_hf(source: ModelSource, dtype: torch.dtype | None, device: torch.device, backend: str) -> Transformer:

@@ -42,6 +42,12 @@ class RunState:
     extra: dict[str, Any]
     warnings: tuple[str, ...] = ()
 
+    def value(self, key: str) -> Any:
+        """`extra[key]`; MoesaicError when the state has none, as those of other versions may."""
+        if key not in self.extra:
+            raise MoesaicError(f"{self.directory / STATE} has no {key}: another version wrote it; train it again")
+        return self.extra[key]
+
     def load_tensors(self, group: str) -> dict[str, Tensor]:
         """The tensors saved as "<group>.<name>", by name; empty when there were none."""
         path = self.directory / f"{group}.safetensors"

@@ -125,7 +125,7 @@ def _require_unused(run_directory: Path) -> None:
 
 def _state_to_resume(config: TrainConfig, run_directory: Path) -> RunState:
     state = newest_run_state(run_directory)
-    stored = from_mapping(TrainConfig, state.extra["config"])
+    stored = from_mapping(TrainConfig, state.value("config"))
     changed = [
         name
         for name in (field.name for field in fields(config))

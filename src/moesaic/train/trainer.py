@@ -236,10 +236,11 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], self.device)
         self.step = state.step
-        self.training_seconds = state.extra["training_seconds"]
-        if state.extra["threads"] != torch.get_num_threads():
+        self.training_seconds = state.value("training_seconds")
+        threads = state.value("threads")
+        if threads != torch.get_num_threads():
             screen.note(
-                f"this run was saved with {state.extra['threads']} threads and goes on with {torch.get_num_threads()}: "
+                f"this run was saved with {threads} threads and goes on with {torch.get_num_threads()}: "
                 "the last bits of its numbers may differ from an undisturbed run"
             )
 
