@@ -21,6 +21,7 @@ settings.load_profile("moesaic")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=None, help="seed of the random inputs; default: a fresh one")
+    parser.addoption("--write-pages", action="store_true", help="write the pages of docs/ that tests make")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -116,7 +116,7 @@ def test_vocabulary_size_follows_the_tokenizer(toml):
 def test_flags_override_the_file(toml):
     flags = (
         "--optimizer.lr=1e-3 --model.moe.num-experts 16 --steps 50 --tensorboard --optimizer.betas [0.5,0.6] "
-        "--data.source 2024 --schedule.name=cosine --model.qk_norm=false --data.text-field true "
+        "--data.source 2024 --schedule.name=cosine --model.qk_norm=none --data.text-field true "
         "--balance.aux-loss-coef 1"
     )
     config = read_train_config(toml, flags.split())
@@ -125,7 +125,7 @@ def test_flags_override_the_file(toml):
     assert (config.steps, config.tensorboard, config.schedule.name) == (50, True, "cosine")
     assert config.optimizer.betas == (0.5, 0.6)
     assert (config.data.source, config.data.text_field) == ("2024", "true")
-    assert config.model.qk_norm is False
+    assert config.model.qk_norm == "none"
     assert config.balance.aux_loss_coef == 1.0
 
 

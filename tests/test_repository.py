@@ -2,7 +2,7 @@
 
 Conventions of README.md that are read here: commands stand in ```sh blocks, one a line; the file tree is the fenced
 block whose first line starts with `src/moesaic/`: one path a line, nested by indentation, folders ending in `/`, then
-a phrase.
+a phrase. A file `MODEL_TYPE.py` stands for one file of that name per supported model family.
 """
 
 import ast
@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from moesaic.checkpoint.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "moesaic"
@@ -68,7 +70,11 @@ def tree_paths(block: str) -> list[str]:
 def readme_tree() -> list[str]:
     trees = [block for block in fenced_blocks(README.read_text()) if block.startswith("src/moesaic/")]
     assert len(trees) == 1, "README.md needs one fenced file tree whose first line starts with src/moesaic/"
-    return tree_paths(trees[0])
+    paths = []
+    for path in tree_paths(trees[0]):
+        families = [path.replace("MODEL_TYPE", family) for family in FAMILIES]
+        paths += families if "MODEL_TYPE" in path else [path]
+    return paths
 
 
 def readme_commands() -> list[str]:

@@ -1,5 +1,8 @@
 import json
 import random
+import shlex
+import subprocess
+import sys
 import threading
 from itertools import islice
 from pathlib import Path
@@ -206,53 +209,143 @@ def test_vocabulary_sizes_of_specs():
 
 
 MESSAGES = [{"role": "user", "content": "hi <b>"}, {"role": "assistant", "content": "yo"}]
-CHATML = (
-    "{{ bos_token }}{% for message in messages %}\n"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}\n"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-
-@pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_chat_template_as_transformers_renders_it(add_generation_prompt, tmp_path):
-    BPE.save(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(CHATML)
-    ours = load_tokenizer(tmp_path).apply_chat_template(MESSAGES, add_generation_prompt=add_generation_prompt)
-    theirs = AutoTokenizer.from_pretrained(str(tmp_path)).apply_chat_template(
-        MESSAGES, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-    assert ours == theirs
-    assert ours.count("<|im_start|>") == 2 + add_generation_prompt
 
 
 def test_without_a_template_chat_is_plain_lines():
     assert BYTES.apply_chat_template(MESSAGES) == "user: hi <b>\nassistant: yo\nassistant:"
     assert BYTES.apply_chat_template(MESSAGES, add_generation_prompt=False) == "user: hi <b>\nassistant: yo\n"
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append({}) }}",
-        "{% for i in range(10**9) %}x{% endfor %}",
-        "{{ raise_exception('only one user, please') }}",
-        "{{ messages[7].content }}",
-        "{% if %}",
-    ],
-)
-def test_hostile_and_broken_templates_are_refused(template):
-    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(BPE.to_json()), {"chat_template": template})
-    with pytest.raises(UsageError, match="chat template"):
-        tokenizer.apply_chat_template(MESSAGES)
+    with pytest.raises(UsageError, match="no 'content'"):
+        BYTES.apply_chat_template([{"role": "user"}])
 
 
 def test_named_templates_use_the_default_one():
     templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(BPE.to_json()), {"chat_template": templates})
     assert tokenizer.apply_chat_template(MESSAGES) == "plain"
+    assert tokenizer.apply_chat_template(MESSAGES, tools=[]) == "tools"
     assert tokenizer.has_chat_template
     assert not BPE.has_chat_template
+
+
+def test_templates_see_the_special_tokens_as_in_transformers(tmp_path):
+    BPE.save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings |= {
+        "bos_token": {"__type": "AddedToken", "content": "<s>", "lstrip": True},
+        "pad_token": None,
+        "add_bos_token": True,
+    }
+    settings |= {"image_token": "<img>", "extra_special_tokens": {"video_token": "<vid>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    template = "{{ [bos_token, eos_token, image_token, video_token] }}{{ pad_token is defined }}{{ add_bos_token }}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    ours = load_tokenizer(tmp_path).apply_chat_template(MESSAGES)
+    assert ours == AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES, tokenize=False)
+    assert ours == "['<s>', '<|endoftext|>', '<img>', '<vid>']False"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["<s>", "{{ x }}"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["content", "name", "template"]), inner)
+    ),
+    max_leaves=6,
+)
+SETTINGS = st.dictionaries(
+    st.sampled_from(
+        ["eos_token", "bos_token", "pad_token", "chat_template", "extra_special_tokens", "add_bos_token", "my_token"]
+    ),
+    JSON,
+)
+
+
+@given(content=SETTINGS | JSON)
+def test_any_settings_load_or_are_refused_in_one_line(content, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("fuzz")
+    BPE.save(directory)
+    (directory / "tokenizer_config.json").write_text(json.dumps(content))
+    try:
+        tokenizer = load_tokenizer(directory)
+    except UsageError as error:
+        refusal = str(error)
+    else:
+        refusal = None
+    if refusal is not None:
+        assert str(directory) in refusal
+        assert "\n" not in refusal
+        return
+    assert tokenizer.decode(tokenizer.encode("text")) == "text"
+    assert tokenizer.eos_id is None or 0 <= tokenizer.eos_id < tokenizer.vocab_size
+    if not tokenizer.has_chat_template:
+        assert tokenizer.apply_chat_template(MESSAGES).endswith("assistant:")
+    tokenizer.save(directory / "copy")
+    assert load_tokenizer(directory / "copy").fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 10**5, "recursion"),
+        (b'[["eos_token", "a"]]', "not a JSON object but a list"),
+        (b"\xff", "not UTF-8 at byte 0"),
+        (b'{"eos_token": 5}', "eos_token is 5; it must be a text"),
+        (b'{"bos_token": {"lstrip": true}}', "bos_token is .* with one"),
+        (b'{"chat_template": 5}', "chat_template is neither"),
+        (b" " * 2**24 + b"{}", "16,777,218 bytes"),
+    ],
+)
+def test_wrong_settings_are_named(content, message, tmp_path):
+    BPE.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [({}, "0 tokens"), ({"a": 2**32 - 1}, "1 tokens with ids up to 4,294,967,295")],
+)
+def test_vocabularies_without_tokens_or_with_absurd_ids_are_refused(vocabulary, message, tmp_path):
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(json.loads(BPE.to_json()) | {"model": model, "added_tokens": []})
+    )
+    with pytest.raises(UsageError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_a_word_without_an_id_is_one_line():
+    tokenizer = Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="<unk>")))
+    assert tokenizer.encode("a") == [0]
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(UsageError, match="no ids for"):
+            encode("b")
+
+
+def test_a_huge_tokenizer_is_refused_unread(tmp_path):
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UsageError, match="1,099,511,627,776 bytes"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "vocab.txt"])
+def test_older_kinds_of_tokenizers_say_how_to_convert_them(name, tmp_path):
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(UsageError, match=rf"has {name} but no tokenizer.json.*save_pretrained.* {tmp_path}$"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_printed_conversion_makes_a_tokenizer(tmp_path):
+    vocabulary = {token: i for i, token in enumerate(["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "a", "##b"])}
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(UsageError) as caught:
+        load_tokenizer(tmp_path)
+    command = shlex.split(str(caught.value).split(" && ")[1])
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+    assert load_tokenizer(tmp_path).encode("ab a") == [5, 6, 5]
 
 
 def test_added_tokens_of_a_byte_tokenizer_are_used():

@@ -4,15 +4,18 @@ One class covers all three, on the `tokenizers` library (imported when first nee
 byte-level BPE without merges, so what `Tokenizer.save` writes is always a tokenizer.json that transformers reads.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
+import shlex
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.chat_template import ChatTemplate, named_templates, read_text, template_files
 from moesaic.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,12 +26,27 @@ END_OF_TEXT = "<|endoftext|>"
 
 _KNOWN_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 _MIN_BPE_VOCABULARY = 257
+_STANDARD_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_CONVERTIBLE = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files of older kinds of tokenizer, from which transformers makes a tokenizer.json."""
+_MAX_TOKEN_ID = 2**22
+"""Some ten times the largest vocabulary there is; tables are as long as the largest id."""
+_MAX_TOKENIZER_BYTES = 2**28
+_MAX_SETTINGS_BYTES = 2**24
 
 
 class Tokenizer:
     """Ids for text and text for ids, with what a model needs to know about both.
 
     `settings` is the content of tokenizer_config.json; it names the special tokens and may hold a chat template.
+    Raises UsageError where its values have wrong types, and for a vocabulary that is empty or has absurd ids.
     """
 
     def __init__(self, rust_tokenizer: "tokenizers.Tokenizer", settings: Mapping[str, Any] | None = None) -> None:
@@ -39,8 +57,16 @@ class Tokenizer:
         self._settings = dict(settings or {})
         self._vocabulary: dict[str, int] = self._rust.get_vocab(with_added_tokens=True)
         self._structure: dict[str, Any] = json.loads(self._rust.to_str())
-        self.vocab_size: int = max(self._vocabulary.values()) + 1
-        self.eos_id = self._special_id("eos_token") if self._special_name("eos_token") else self._guess_eos_id()
+        self.vocab_size: int = max(self._vocabulary.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= _MAX_TOKEN_ID:
+            raise UsageError(
+                f"tokenizer.json has {len(self._vocabulary):,} tokens with ids up to {self.vocab_size - 1:,}; "
+                f"it needs one at least and ids below {_MAX_TOKEN_ID:,}"
+            )
+        self._special_names = _special_names(self._settings)
+        templates = named_templates(self._settings.get("chat_template"))
+        self._templates = {name: ChatTemplate(source) for name, source in templates.items()}
+        self.eos_id = self._special_id("eos_token") if "eos_token" in self._special_names else self._guess_eos_id()
         self.bos_id = self._special_id("bos_token")
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special_tokens: bool = False) -> list[int]:
@@ -54,7 +80,7 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # command-line bytes that were not UTF-8 arrive like this
             raise UsageError(f"character {error.start} of the text cannot be written as UTF-8; remove it") from error
-        with self._lock:  # the flag belongs to the shared Rust object
+        with self._lock, _no_ids_refused():  # the flag belongs to the shared Rust object
             self._rust.encode_special_tokens = not parse_special_tokens
             return self._rust.encode(text, add_special_tokens=add_special_tokens).ids
 
@@ -62,7 +88,7 @@ class Tokenizer:
         """`encode` of many texts, in parallel over the cores."""
         if self._is_bytes:
             return [list(text.encode("utf-8")) for text in texts]
-        with self._lock:
+        with self._lock, _no_ids_refused():
             self._rust.encode_special_tokens = True
             return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -115,34 +141,32 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._chat_template is not None
+        return "default" in self._templates
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
         """One text from `messages` with keys `role` and `content`, ready for the assistant's answer.
 
-        Uses the chat template that came with the tokenizer, in a sandbox; without one, plain `role: content` lines.
-        Raises UsageError when the template is broken or refuses the messages.
+        Uses the chat template that came with the tokenizer, in a process where it can do no harm: the one named
+        tool_use, if there is one and `tools` are given, else the default one. Without one, plain `role: content` lines.
+        `variables` are further ones that a template knows, such as enable_thinking; all values are JSON values.
+
+        Raises UsageError when the template is broken, refuses the messages, or takes too much time or memory.
         """
-        template = self._chat_template
-        if template is None:
-            lines = [f"{message['role']}: {message['content']}\n" for message in messages]
-            return "".join(lines) + ("assistant:" if add_generation_prompt else "")
-        from jinja2 import TemplateError
-
-        names = {key: self._special_name(key) or "" for key in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        try:
-            return _chat_environment().from_string(template).render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **names
-            )  # fmt: skip
-        except (TemplateError, TypeError, KeyError, ValueError, OverflowError) as error:
-            raise UsageError(f"the chat template of this tokenizer failed: {error}") from error
-
-    @property
-    def _chat_template(self) -> str | None:
-        template = self._settings.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            return next((entry["template"] for entry in template if entry["name"] == "default"), None)
-        return template
+        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            return _plain_lines(messages) + ("assistant:" if add_generation_prompt else "")
+        given = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        # Programs write content=None or tool_calls=None where there is none; templates look for a missing key.
+        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        return self._templates[name].render(self._special_names | variables | given | {"messages": present})
 
     @functools.cached_property
     def _is_bytes(self) -> bool:
@@ -152,12 +176,8 @@ class Tokenizer:
         only_bytes = model["type"] == "BPE" and not model["merges"] and model["vocab"] == _byte_vocabulary()
         return only_bytes and only_special_added and self._structure["normalizer"] is None
 
-    def _special_name(self, role: str) -> str | None:
-        name = self._settings.get(role)
-        return name["content"] if isinstance(name, dict) else name
-
     def _special_id(self, role: str) -> int | None:
-        return self._vocabulary.get(self._special_name(role) or "")
+        return self._vocabulary.get(self._special_names.get(role, ""))
 
     def _guess_eos_id(self) -> int | None:
         """A bare tokenizer.json does not say which token ends a text; the usual names do."""
@@ -242,21 +262,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     import tokenizers
 
     file = _find_tokenizer_file(Path(path).expanduser())
+    text = read_text(file, _MAX_TOKENIZER_BYTES)
     try:
-        rust = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception
+        rust = tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and BaseException where its Rust code panics
         raise UsageError(f"{file} is not a readable tokenizer.json: {error}") from error
-    settings: dict[str, Any] = {}
     settings_file = file.with_name("tokenizer_config.json")
-    if settings_file.is_file():
-        try:
-            settings = dict(json.loads(settings_file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{settings_file} is not a JSON object: {error}") from error
-    template_file = file.with_name("chat_template.jinja")
-    if template_file.is_file():
-        settings["chat_template"] = template_file.read_text(encoding="utf-8")
-    return Tokenizer(rust, settings)
+    settings = _read_settings(settings_file) if settings_file.exists() else {}
+    try:
+        templates = template_files(file.parent)
+        if "default" not in templates:
+            templates = named_templates(settings.get("chat_template")) | templates
+        if templates:
+            named = [{"name": name, "template": template} for name, template in templates.items()]
+            settings["chat_template"] = templates["default"] if set(templates) == {"default"} else named
+        return Tokenizer(rust, settings)
+    except UsageError as error:
+        raise UsageError(f"the tokenizer in {file.parent}: {error}") from error
 
 
 def bpe_size(spec: str) -> int | None:
@@ -281,7 +305,56 @@ def _find_tokenizer_file(path: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
+    other = next((name for name in _CONVERTIBLE if (path / name).is_file()), None)
+    if other is not None:
+        script = "import sys, transformers as t; d = sys.argv[1]; t.AutoTokenizer.from_pretrained(d).save_pretrained(d)"
+        raise UsageError(
+            f"{path} has {other} but no tokenizer.json, the one form that is read; make it of the other with: "
+            f"pip install transformers sentencepiece && python -c {shlex.quote(script)} {shlex.quote(str(path))}"
+        )
     raise UsageError(f"no tokenizer at {path}; name `bytes`, `bpe:2048`, a tokenizer.json or a directory with one")
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    text = read_text(file, _MAX_SETTINGS_BYTES)
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is not valid JSON: {error}; download it again") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"{file} is not a JSON object but a {type(settings).__name__}; download it again")
+    return settings
+
+
+def _special_names(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Role and text of each special token: bos_token, eos_token ..., and those of this tokenizer alone."""
+    own = settings.get("extra_special_tokens")
+    roles = {key: value for key, value in settings.items() if key.endswith("_token") and not isinstance(value, bool)}
+    names: dict[str, str] = {}
+    for role, value in (roles | (own if isinstance(own, dict) else {})).items():
+        name = value.get("content") if isinstance(value, dict) else value
+        if isinstance(name, str):
+            names[role] = name
+        elif value is not None and role in _STANDARD_ROLES:
+            raise UsageError(
+                f"tokenizer_config.json: {role} is {value!r:.100}; it must be a text, or an object with one"
+            )
+    return names
+
+
+def _plain_lines(messages: Sequence[Mapping[str, Any]]) -> str:
+    try:
+        return "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+    except KeyError as error:
+        raise UsageError(f"a chat message has no {error}; it needs role and content") from error
+
+
+@contextlib.contextmanager
+def _no_ids_refused() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library raises bare Exception, for a word without an id, say
+        raise UsageError(f"the tokenizer has no ids for a text: {error}") from error
 
 
 @functools.cache
@@ -296,19 +369,3 @@ def _uses(decoder: Mapping[str, Any] | None, kind: str) -> bool:
     if decoder is None:
         return False
     return decoder["type"] == kind or any(_uses(inner, kind) for inner in decoder.get("decoders", []))
-
-
-@functools.cache
-def _chat_environment() -> Any:
-    """Chat templates come with downloaded models: they run in jinja2's sandbox, which can change nothing."""
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = raise_exception
-    return environment

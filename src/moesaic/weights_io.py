@@ -1,4 +1,4 @@
-"""Bytes on disk: directories that appear whole, safetensors written with a checksum, tensors read lazily.
+"""Bytes on disk: directories that appear whole, safetensors written with a checksum, JSON read with care.
 
 A directory is written under a hidden name beside its target, flushed to the disk and renamed: a reader sees the old one
 or the new one, and a full disk or a killed process leaves the old one as it was. Tensors are stored as safetensors and
@@ -10,18 +10,18 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moesaic.errors import MoesaicError
@@ -31,6 +31,7 @@ REPLACED = ".replaced-"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # from linux/fs.h and fcntl.h
 MAX_JSON_BYTES = 64 * 2**20
 MAX_SHARD_BYTES = 5 * 10**9
+PART_BYTES = 8 * 2**20
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 SAFETENSORS_DTYPES = {
@@ -38,8 +39,13 @@ SAFETENSORS_DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -157,22 +163,41 @@ def write_bytes(path: Path, data: bytes) -> FileDigest:
     return FileDigest(len(data), hashlib.sha256(data).hexdigest())
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> FileDigest:
-    """Writes one safetensors file, hashing what it writes.
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor that will be written: all that headers say of it, and how to make its numbers when its turn comes."""
 
-    Not the library's own writer, because that one writes through a memory map, where a full disk kills the process.
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    data: Callable[[], Tensor]
+    """Gives the elements in row-major order, in whatever shape, strides and device they have."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+ToWrite = Mapping[str, Tensor] | Iterable[PlannedTensor]
+"""Tensors by name, or planned ones, of which only the one that is being written exists."""
+
+
+def write_safetensors(path: Path, tensors: ToWrite, metadata: Mapping[str, str] | None = None) -> FileDigest:
+    """Writes one safetensors file, hashing what it writes. Each tensor is made when its turn comes, and then let go.
+
+    Not the library's own writer, because that one wants all tensors at once, and writes through a memory map, where a
+    full disk kills the process.
     """
     # Wide types first, so that every tensor stays aligned.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    planned = sorted(_planned(tensors), key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name in names:
-        tensor = tensors[name]
+    for tensor in planned:
         if tensor.dtype not in SAFETENSORS_DTYPES:
-            raise MoesaicError(f"cannot write tensor {name} to {path}: {tensor.dtype} has no safetensors type here")
-        header[name] = {
+            raise MoesaicError(
+                f"cannot write tensor {tensor.name} to {path}: {tensor.dtype} has no safetensors type here"
+            )
+        header[tensor.name] = {
             "dtype": SAFETENSORS_DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + tensor.nbytes],
@@ -180,27 +205,25 @@ def write_safetensors(
         offset += tensor.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-
-    digest = hashlib.sha256()
-    size = 0
     with path.open("wb", buffering=0) as file:
-        for chunk in (len(encoded).to_bytes(8, "little"), encoded, *(_raw_bytes(tensors[name]) for name in names)):
-            _write_all(file, chunk)
-            digest.update(chunk)
-            size += len(chunk)
-    return FileDigest(size, digest.hexdigest())
+        written = _HashedFile(file)
+        written.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in planned:
+            _write_tensor(written, tensor)
+    return FileDigest(written.size, written.digest.hexdigest())
 
 
-def write_sharded(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def write_sharded(directory: Path, tensors: ToWrite, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Writes model.safetensors, or model-0000i-of-0000n.safetensors and its index when that is too large."""
-    shards: list[dict[str, Tensor]] = [{}]
-    room = max_shard_bytes
-    for name, tensor in tensors.items():
+    shards: list[list[PlannedTensor]] = [[]]
+    room, total_size = max_shard_bytes, 0
+    for tensor in _planned(tensors):
         if tensor.nbytes > room and shards[-1]:
-            shards.append({})
+            shards.append([])
             room = max_shard_bytes
-        shards[-1][name] = tensor
+        shards[-1].append(tensor)
         room -= tensor.nbytes
+        total_size += tensor.nbytes
     if len(shards) == 1:
         write_safetensors(directory / "model.safetensors", shards[0], {"format": "pt"})
         return
@@ -208,31 +231,66 @@ def write_sharded(directory: Path, tensors: Mapping[str, Tensor], max_shard_byte
     for index, shard in enumerate(shards, start=1):
         file_name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(directory / file_name, shard, {"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file_name)
-    total_size = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map |= {tensor.name: file_name for tensor in shard}
     write_json(
         directory / "model.safetensors.index.json",
         {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))},
     )
 
 
-def _raw_bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+def _planned(tensors: ToWrite) -> Iterable[PlannedTensor]:
+    if not isinstance(tensors, Mapping):
+        return tensors
+    return [
+        PlannedTensor(name, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor))
+        for name, tensor in cast(Mapping[str, Tensor], tensors).items()
+    ]
 
 
-def _write_all(file: Any, chunk: bytes | memoryview) -> None:
-    """Unbuffered writes may stop short, at 2 GiB or where the disk ends; the next call then says why."""
-    rest = memoryview(chunk)
-    while len(rest):
-        rest = rest[file.write(rest) :]
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Raises MoesaicError, naming the file, when it is missing, too large or not a JSON object."""
+def _write_tensor(file: "_HashedFile", planned: PlannedTensor) -> None:
+    """In parts, where the tensor does not lie in memory as it does in the file: then only a part of it is copied."""
+    tensor = planned.data().detach()
+    if tensor.numel() != math.prod(planned.shape) or tensor.dtype != planned.dtype:
+        raise ValueError(
+            f"tensor {planned.name} was planned as {planned.dtype} {list(planned.shape)}, "
+            f"but is {tensor.dtype} {list(tensor.shape)}"
+        )
+    in_place = tensor.device.type == "cpu" and tensor.is_contiguous()
+    parts = [tensor] if in_place or tensor.ndim == 0 else tensor.split(max(1, PART_BYTES // max(1, tensor[0].nbytes)))
+    for part in parts:
+        file.write(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+class _HashedFile:
+    """What is written to an unbuffered file, counted and hashed."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.size = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """Unbuffered writes may stop short, at 2 GiB or where the disk ends; the next call then says why."""
+        rest = memoryview(chunk)
+        while len(rest):
+            rest = rest[self._file.write(rest) :]
+        self.digest.update(chunk)
+        self.size += len(chunk)
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, *, unique: bool = False) -> dict[str, Any]:
+    """The object in a JSON file. With `unique`, a key may not appear twice in one object.
+
+    Raises MoesaicError, naming the file, when it is missing, too large or not a JSON object.
+    """
     try:
         if (size := path.stat().st_size) > max_bytes:
             raise MoesaicError(f"{path} has {size:,} bytes; a file of this kind has at most {max_bytes:,}")
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys if unique else None)
     except OSError as error:
         raise MoesaicError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -242,95 +300,16 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return value
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads, which otherwise lets the last of two equal keys win. Raises ValueError."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = set()
+        twice = next(key for key, _ in pairs if key in keys or keys.add(key))
+        raise ValueError(f"the key {twice!r} appears twice")
+    return values
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file, in memory of their own."""
-    with _open_safetensors(path) as file:
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, not a dict
-
-
-class WeightDirectory:
-    """The safetensors of one directory, opened lazily: shapes and types are known, data is read when asked for."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self._stack = ExitStack()
-        self._file_of: dict[str, Any] = {}
-        file_names, expected = _weight_files(directory)
-        for file_name in file_names:
-            file = self._stack.enter_context(_open_safetensors(directory / file_name))
-            for name in file.keys():  # noqa: SIM118, not a dict
-                if name in self._file_of:
-                    raise MoesaicError(f"tensor {name} lies in two files of {directory}; keep one of them")
-                self._file_of[name] = file
-        for name in expected:
-            if name not in self._file_of:
-                raise MoesaicError(f"{directory}/model.safetensors.index.json lists tensor {name}, which no file holds")
-
-    def __enter__(self) -> "WeightDirectory":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._file_of
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file_of[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Raises MoesaicError for types that are not plain floating point."""
-        stored = self._file_of[name].get_slice(name).get_dtype()
-        for dtype, label in SAFETENSORS_DTYPES.items():
-            if label == stored and dtype.is_floating_point:
-                return dtype
-        raise MoesaicError(
-            f"tensor {name} in {self.directory} has type {stored}; "
-            "weights must be F32, BF16, F16 or F64: use the checkpoint that is not quantised"
-        )
-
-    def read(self, name: str) -> Tensor:
-        """The tensor as stored. It may share memory with the file: copy it before keeping it."""
-        return self._file_of[name].get_tensor(name)
-
-
-def _weight_files(directory: Path) -> tuple[list[str], list[str]]:
-    """File names of the checkpoint in `directory`, and the tensor names that its index, if there is one, promises."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise MoesaicError(f"{index} has no weight_map")
-        for tensor_name, file_name in weight_map.items():
-            if not isinstance(file_name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file_name):
-                raise MoesaicError(
-                    f"{index} places tensor {tensor_name} in {file_name!r}; only .safetensors files beside it are read"
-                )
-        return sorted(set(weight_map.values())), list(weight_map)
-    if (directory / "model.safetensors").exists():
-        return ["model.safetensors"], []
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
-        raise MoesaicError(
-            f"{directory} holds pickled weights, which can run code when opened, and no safetensors; convert them: "
-            f"transformers.AutoModelForCausalLM.from_pretrained({str(directory)!r}).save_pretrained('converted')"
-        )
-    raise MoesaicError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json")
-
-
-@contextmanager
-def _open_safetensors(path: Path) -> Iterator[Any]:
-    """The library checks the header: its length, types, shapes, and that offsets cover the file without gaps."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise MoesaicError(f"{path} is not a readable safetensors file: {error}") from error

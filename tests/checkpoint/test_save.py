@@ -1,7 +1,10 @@
 """What we export, transformers loads: same logits, same tokens, nothing missing. What no family can say is refused."""
 
 import json
+import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +18,9 @@ from moesaic.checkpoint.save import export_model
 from moesaic.config import ModelConfig
 from moesaic.errors import MoesaicError, UsageError
 from moesaic.tokenizer import byte_tokenizer
+from moesaic.weight_reader import WeightDirectory
 
-from .helpers import CONFIGS, largest_difference, random_model, randomize
-
-
-def load_theirs(directory: Path) -> transformers.PreTrainedModel:
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-    model, report = loaded
-    assert not any(report.values()), report
-    return model.eval()
+from .helpers import CONFIGS, load_theirs, logit_difference, random_model, randomize
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -33,10 +30,12 @@ def test_transformers_computes_the_same_and_we_read_it_back(tmp_path: Path, name
     theirs = load_theirs(tmp_path / "out")
     expected_type = {"dense": "qwen3", "softmax": "qwen3_moe", "sigmoid": "glm4_moe"}
     assert theirs.config.model_type == model_type == expected_type[name.replace(",", "").split()[0]]
-    assert largest_difference(ours, theirs) < 1e-4
+    assert logit_difference(ours, theirs) < 1e-4
 
     again = load(tmp_path / "out")
-    assert replace(again.config, initializer_range=0.0) == replace(ours.config, initializer_range=0.0)
+    assert again.config.model_type == model_type
+    ignored: dict[str, Any] = {"initializer_range": 0.0, "model_type": "", "moe": None, "intermediate_size": 1}
+    assert replace(again.config, **ignored) == replace(ours.config, **ignored)
     assert again.state_dict().keys() == ours.state_dict().keys()
     for key, tensor in again.state_dict().items():
         assert torch.equal(tensor, ours.state_dict()[key]), key
@@ -48,12 +47,57 @@ def test_scaling_that_qwen3_moe_cannot_say_goes_into_the_experts(tmp_path: Path,
     assert softmax.moe is not None
     ours = random_model(replace(softmax, moe=replace(softmax.moe, routed_scaling_factor=factor)))
     export_model(ours, None, tmp_path / "out")
-    assert largest_difference(ours, load_theirs(tmp_path / "out")) < 1e-4
+    assert logit_difference(ours, load_theirs(tmp_path / "out")) < 1e-4
     down = load(tmp_path / "out").state_dict()["layers.1.feed_forward.experts.down"]
     restored = down / factor
     original = ours.state_dict()["layers.1.feed_forward.experts.down"]
     assert torch.equal(restored, original) or not exact
     torch.testing.assert_close(restored, original)
+
+
+EXPORT = """
+import sys
+from pathlib import Path
+import torch
+from moesaic.checkpoint.save import export_model
+from moesaic.config import ModelConfig, MoEConfig
+from moesaic.model.transformer import Transformer
+
+def memory(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+def model(layers):
+    sizes = dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_hidden_layers=layers)
+    moe = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=256)
+    if sys.argv[2] == "gpt_oss":
+        sizes |= dict(attention_sinks=True, attention_bias=True, attention_output_bias=True, qk_norm="none")
+        moe |= dict(router="topk_softmax", router_bias=True, activation="clamped_swiglu", projection_bias=True)
+    else:
+        moe |= dict(routed_scaling_factor=2.5)
+    made = Transformer(ModelConfig(hidden_size=256, **sizes, moe=MoEConfig(**moe, norm_topk_min=1e-20)))
+    for parameter in made.parameters():
+        parameter.data.fill_(0.25)
+    return made
+
+out = Path(sys.argv[1])
+export_model(model(1), None, out / "small")  # what is only made once
+large = model(16)
+before = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+assert export_model(large, None, out / "large") == sys.argv[2]
+print(memory("VmHWM") - before, sum(parameter.nbytes for parameter in large.parameters()))
+"""
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe"])
+def test_what_is_transposed_or_scaled_takes_the_memory_of_one_tensor(tmp_path: Path, family: str) -> None:
+    result = subprocess.run([sys.executable, "-c", EXPORT, str(tmp_path), family], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    peak, model_bytes = map(int, result.stdout.split())
+    with WeightDirectory(tmp_path / "large") as weights:
+        largest = max(4 * math.prod(weights.shape(name)) for name in weights.names)
+    assert peak < 1.1 * largest + 24 * 2**20 < model_bytes / 3
 
 
 def test_shards_and_bfloat16(tmp_path: Path) -> None:
@@ -108,11 +152,9 @@ def test_published_spellings_are_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "moe_changes", "message"),
     [
-        ("dense", {"qk_norm": False}, {}, "qwen3 always normalises .* qk_norm = false"),
-        ("dense", {"partial_rotary_factor": 0.5}, {}, "qwen3 turns whole heads"),
-        ("softmax", {"qk_norm": False}, {}, "qwen3_moe always normalises"),
-        ("softmax", {"partial_rotary_factor": 0.5}, {}, "partial_rotary_factor = 0.5; .*glm4_moe"),
-        ("softmax", {}, {"n_shared_experts": 2}, "no shared experts.*n_shared_experts = 2"),
+        ("dense", {"partial_rotary_factor": 0.5}, {}, "nearest is qwen3, in which partial_rotary_factor = 0.5 would"),
+        ("softmax", {"norm_placement": "post"}, {}, "qwen3_moe, in which norm_placement = 'post' would become 'pre'"),
+        ("softmax", {}, {"n_shared_experts": 2}, "shared_expert_intermediate_size = 48 would become 0"),
         ("sigmoid", {}, {"num_experts": 1, "num_experts_per_tok": 1}, "at least 2 experts"),
     ],
 )

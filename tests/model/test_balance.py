@@ -1,10 +1,11 @@
 """Balance terms against their definitions, and the traps they are known for. T tokens, E experts, K per token."""
 
+import pytest
 import torch
 
 from moesaic.config import MoEConfig
 from moesaic.model.balance import max_vio, switch_loss, update_expert_bias, z_loss
-from moesaic.model.router import SigmoidTopKRouter
+from moesaic.model.router import ROUTERS, TopKRouter
 from moesaic.ops import Routing
 
 E, K = 6, 2
@@ -60,17 +61,22 @@ def test_z_loss_is_the_mean_squared_log_partition() -> None:
     torch.testing.assert_close(z_loss(route(logits)), expected)
 
 
-def test_bias_moves_against_the_load_and_stays_centred() -> None:
-    moe = MoEConfig(num_experts=E, num_experts_per_tok=K, moe_intermediate_size=4, router="sigmoid_topk")
-    router = SigmoidTopKRouter(8, moe)
+def router_with_bias(name: str) -> TopKRouter:
+    moe = MoEConfig(num_experts=E, num_experts_per_tok=K, moe_intermediate_size=4, router=name, expert_bias=True)  # type: ignore[arg-type]
+    return ROUTERS[name](8, moe)
+
+
+@pytest.mark.parametrize("name", ["softmax_topk", "sigmoid_topk"])
+def test_bias_moves_against_the_load_and_stays_centred(name: str) -> None:
+    router = router_with_bias(name)
     update_expert_bias(router, torch.tensor([9, 3, 3, 1, 1, 1]), 0.01)
     assert router.expert_bias is not None
     torch.testing.assert_close(router.expert_bias, torch.tensor([-0.01, 0.0, 0.0, 0.01, 0.01, 0.01]) - 0.02 / 6)
 
 
-def test_the_bias_update_balances_a_skewed_router() -> None:
-    moe = MoEConfig(num_experts=E, num_experts_per_tok=K, moe_intermediate_size=4, router="sigmoid_topk")
-    router = SigmoidTopKRouter(8, moe)
+@pytest.mark.parametrize("name", ["softmax_topk", "sigmoid_topk"])
+def test_the_bias_update_balances_a_skewed_router(name: str) -> None:
+    router = router_with_bias(name)
     torch.nn.init.normal_(router.weight, std=0.3)  # scores short of 0 and 1, where a step of the bias moves few tokens
     x = torch.randn(512, 8) + 1.0
     before = max_vio(router(x).tokens_per_expert())

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from moesaic.config import ModelConfig, MoEConfig
+from moesaic.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
 from moesaic.errors import MoesaicError, UsageError
+from moesaic.model.attention_context import make_attention_context
 from moesaic.model.kv_cache import KVCache
 from moesaic.model.transformer import Transformer
 from moesaic.ops import Routing
@@ -35,7 +37,45 @@ CONFIGS = {
     "sparse": SPARSE,
     "softmax": replace(SPARSE, moe=MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)),
     "dense, tied": replace(SPARSE, moe=None, tie_word_embeddings=True),
-    "no QK-norm, biases, partial RoPE": replace(SPARSE, qk_norm=False, attention_bias=True, partial_rotary_factor=0.5),
+    "no QK-norm, biases, partial RoPE": replace(SPARSE, qk_norm="none", attention_bias=True, partial_rotary_factor=0.5),
+    "sliding, sinks, yarn": replace(
+        SPARSE,
+        qk_norm="none",
+        attention_sinks=True,
+        sliding_window=4,
+        layer_types=("sliding_attention", "full_attention", "sliding_attention"),
+        rope_scaling=RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=8),
+    ),
+    "chunked, layers without RoPE": replace(
+        SPARSE,
+        qk_norm="l2_after_rope",
+        rope_interleaved=True,
+        attention_chunk_size=4,
+        layer_types=("chunked_attention", "full_attention", "chunked_attention"),
+        nope_layers=(1,),
+        attn_scale=0.3,
+        floor_scale=4,
+    ),
+    "norms after, width QK-norm, clamped": replace(SPARSE, norm_placement="post", qk_norm="width", clip_qkv=1.5),
+    "multipliers, LayerNorm, biases": replace(
+        SPARSE,
+        norm="layer",
+        norm_bias=True,
+        lm_head_bias=True,
+        mlp_bias=True,
+        attention_output_bias=True,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.4,
+        logits_scaling=2.5,
+    ),
+    "latent": replace(
+        SPARSE,
+        qk_norm="none",
+        rope_interleaved=True,
+        num_key_value_heads=4,
+        mla=MLAConfig(kv_lora_rank=12, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=6, q_lora_rank=10),
+    ),
 }
 
 
@@ -78,11 +118,59 @@ def test_left_padding_changes_no_logit_also_while_decoding(name: str) -> None:
     torch.testing.assert_close(model(following, kv=kv)[:1, -1], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("placement", ["pre", "post"])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_the_residual_stream_is_put_together_as_the_config_says(placement: str, norm: str) -> None:
+    config = replace(
+        CONFIGS["multipliers, LayerNorm, biases"], moe=None, norm=norm, norm_bias=norm == "layer",
+        norm_placement=placement,
+    )  # fmt: skip
+    model, tokens = build(config), random_tokens(2, 6)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    weights = {name: value.double() for name, value in model.state_dict().items()}
+
+    def normalized(x: Tensor, name: str) -> Tensor:
+        if norm == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        out = x / (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weights[f"{name}.weight"]
+        return out + weights[f"{name}.bias"] if norm == "layer" else out
+
+    def feed_forward(x: Tensor, prefix: str) -> Tensor:
+        gate, up = (
+            x @ weights[f"{prefix}.{part}_proj.weight"].T + weights[f"{prefix}.{part}_proj.bias"]
+            for part in ("gate", "up")
+        )
+        hidden = functional.silu(gate) * up
+        return hidden @ weights[f"{prefix}.down_proj.weight"].T + weights[f"{prefix}.down_proj.bias"]
+
+    context = make_attention_context(config, torch.arange(6).expand(2, 6), None, plainly_causal=True)
+    x = weights["embed_tokens.weight"][tokens] * 3.0
+    for index, block in enumerate(model.blocks):
+        for part in ("attention", "feed_forward"):
+            name = f"layers.{index}.{part}"
+            source = normalized(x, f"{name}_norm") if placement == "pre" else x
+            is_attention = part == "attention"
+            update = block.attention(source.float(), context) if is_attention else feed_forward(source, name)
+            x = x + 0.4 * (normalized(update.double(), f"{name}_norm") if placement == "post" else update)
+    expected = (normalized(x, "norm") @ weights["lm_head.weight"].T + weights["lm_head.bias"]) / 2.5
+    torch.testing.assert_close(model(tokens).double(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_padding_is_not_routed() -> None:
     model, tokens, routings = build(SPARSE), random_tokens(2, 10), list[Routing]()
     positions = torch.stack([torch.cat([torch.full((4,), -1), torch.arange(6)]), torch.arange(10)])
     model(tokens, positions, routings=routings)
     assert [int(routing.tokens_per_expert().sum()) for routing in routings] == [16 * 2] * 2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_sequence_of_padding_alone_disturbs_nothing(name: str) -> None:
+    model, tokens = build(CONFIGS[name]), random_tokens(2, 6)
+    positions = torch.stack([torch.full((6,), -1), torch.arange(6)])
+    logits = model(tokens, positions)
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[1:], model(tokens[1:]), rtol=1e-4, atol=1e-4)
 
 
 def test_no_token_sees_what_comes_after_it() -> None:
@@ -92,11 +180,18 @@ def test_no_token_sees_what_comes_after_it() -> None:
     torch.testing.assert_close(model(tokens)[:, :7], model(changed)[:, :7])
 
 
-def test_activation_checkpointing_gives_the_same_gradients_and_counts_the_load_once() -> None:
-    model, tokens = build(SPARSE), random_tokens(3, 9)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_activation_checkpointing_gives_the_same_gradients(name: str) -> None:
+    model, tokens = build(CONFIGS[name]), random_tokens(3, 9)
     expected = gradients(model, tokens)
+    assert set(expected) == {key for key, _ in model.named_parameters()}
     model.activation_checkpointing = True
-    assert all(torch.equal(expected[name], grad) for name, grad in gradients(model, tokens).items())
+    assert all(torch.equal(expected[key], grad) for key, grad in gradients(model, tokens).items())
+
+
+def test_activation_checkpointing_counts_the_load_once() -> None:
+    model, tokens = build(SPARSE), random_tokens(3, 9)
+    model.activation_checkpointing = True
     routings: list[Routing] = []
     model(tokens, routings=routings).sum().backward()
     assert [int(routing.tokens_per_expert().sum()) for routing in routings] == [27 * 2] * 2

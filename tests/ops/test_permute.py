@@ -1,9 +1,12 @@
 """Permutation of rows by expert, against plain loops. T tokens, E experts, K per token, D hidden size."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from moesaic.ops import Routing
-from moesaic.ops.permute import permute, sort_by_expert, unpermute
+from moesaic.ops.permute import permute, rows_with_weighted_inputs, sort_by_expert, sum_rows_of_tokens, unpermute
 
 
 def random_routing(T: int, E: int, K: int, *, ragged: bool) -> Routing:
@@ -43,3 +46,35 @@ def test_unpermute_sums_the_rows_of_each_token() -> None:
         for row, token in zip(rows, permutation.token_ids.tolist(), strict=True):
             expected[token] += row
         torch.testing.assert_close(unpermute(rows, permutation), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 23])
+@pytest.mark.parametrize("ragged", [False, True], ids=["every token has K rows", "tokens have 0 to K rows"])
+def test_weighted_inputs_are_one_row_per_assignment(num_tokens: int, ragged: bool) -> None:
+    routing = random_routing(num_tokens, 6, 3, ragged=ragged)
+    x = torch.randn(num_tokens, 4, dtype=torch.bfloat16)
+    rows, routing_of_rows = rows_with_weighted_inputs(x, routing)
+    assert rows.dtype == x.dtype
+    assert torch.equal(rows, (x[routing.token_ids].float() * routing.weights[:, None]).bfloat16())
+    assert torch.equal(routing_of_rows.token_ids, torch.arange(len(rows)))
+    assert torch.equal(routing_of_rows.expert_ids, routing.expert_ids)
+    assert torch.equal(routing_of_rows.weights, torch.ones(len(rows)))
+    assert routing_of_rows.num_tokens == len(rows)
+    assert (routing_of_rows.num_experts, routing_of_rows.top_k) == (6, 1)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["every token has K rows", "tokens have 0 to K rows"])
+def test_weighted_inputs_and_their_sum_have_the_gradients_of_a_loop(ragged: bool) -> None:
+    routing = random_routing(23, 6, 3, ragged=ragged)
+    x = torch.randn(23, 4, dtype=torch.float64, requires_grad=True)
+    weights = routing.weights.double().requires_grad_()
+    routing = replace(routing, weights=weights)
+    expected = torch.zeros(23, 4, dtype=torch.float64)
+    for n, token in enumerate(routing.token_ids.tolist()):
+        expected = expected.index_add(0, torch.tensor([token]), (weights[n] * x[token]).sin()[None])
+    y = sum_rows_of_tokens(rows_with_weighted_inputs(x, routing)[0].sin(), routing)
+    torch.testing.assert_close(y, expected)
+    grad_y = torch.randn_like(y)
+    ours = torch.autograd.grad(y, (x, weights), grad_y)
+    oracle = torch.autograd.grad(expected, (x, weights), grad_y)
+    torch.testing.assert_close(ours, oracle)

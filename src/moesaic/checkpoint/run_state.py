@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from moesaic.errors import MoesaicError, UsageError
+from moesaic.weight_reader import read_safetensors
 from moesaic.weights_io import (
     FileDigest,
     atomic_directory,
     read_json,
-    read_safetensors,
     sha256_of,
     write_bytes,
     write_json,

@@ -1,19 +1,22 @@
 """Export: a Hugging Face directory that transformers and its relatives load, with the same logits."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moesaic.checkpoint.families import family_for_export
-from moesaic.checkpoint.families.hf_config import eos_as_hf
-from moesaic.checkpoint.families.rules import Layout
+from moesaic.checkpoint.families.family import Family
+from moesaic.checkpoint.families.keys import eos_as_hf
+from moesaic.checkpoint.families.layout import Layout, StoredTensor
+from moesaic.config import ModelConfig
 from moesaic.errors import UsageError
 from moesaic.model.transformer import Transformer
 from moesaic.tokenizer import Tokenizer
-from moesaic.weights_io import MAX_SHARD_BYTES, atomic_directory, write_json, write_sharded
+from moesaic.weights_io import MAX_SHARD_BYTES, PlannedTensor, atomic_directory, write_json, write_sharded
 
 
 def export_model(
@@ -21,39 +24,66 @@ def export_model(
 ) -> str:
     """Writes config.json, the weights, generation_config.json and the tokenizer; returns the family's model_type.
 
-    The family follows from the model: dense is qwen3, softmax top-k qwen3_moe, sigmoid top-k glm4_moe.
+    A model that was read from a family is written as that family; one that was made here as the first that can express
+    it: dense is qwen3, softmax top-k qwen3_moe, sigmoid top-k glm4_moe. What the family stores joined or scaled is
+    made one stored tensor at a time.
 
     Raises UsageError when `directory` holds something, MoesaicError for what the family cannot express, by name.
     """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UsageError(f"{directory} exists and is not empty; name a new directory, or remove it: rm -r {directory}")
-    config = model.config
-    if tokenizer is not None and tokenizer.eos_id is not None and not config.eos_token_ids:
-        config = replace(config, eos_token_ids=(tokenizer.eos_id,))
+    require_new(directory)
+    config = with_eos_of(model.config, tokenizer)
     family = family_for_export(config)
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    values = family.config_to_hf(config) | {"dtype": dtype, "torch_dtype": dtype}
-    tensors = _as_on_disk(family.layout(config), model.state_dict(), model.embed_tokens.weight.dtype)
-    with atomic_directory(directory, bytes_needed=sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-        write_json(temporary / "config.json", values)
-        special_tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": eos_as_hf(config.eos_token_ids)}
-        write_json(temporary / "generation_config.json", {"_from_model_config": True, **special_tokens})
+    ours = model.state_dict()
+    tensors = plan(family.layout(config), ours, partial(_stored, family, config, ours))
+    with atomic_directory(directory, bytes_needed=sum(tensor.nbytes for tensor in tensors)) as temporary:
+        write_configs(temporary, family, config, model.embed_tokens.weight.dtype)
         write_sharded(temporary, tensors, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save(temporary)
     return family.model_type
 
 
-def _as_on_disk(layout: Layout, ours: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Our tensors under the names of the family. Pieces are views: only what is scaled takes memory."""
-    tensors: dict[str, Tensor] = {}
-    for rule in layout.rules:
-        tensor = ours[rule.ours].detach()
-        if rule.scale_on_write != 1.0:
-            tensor = tensor * rule.scale_on_write
-        if not rule.pieces:
-            tensors[rule.whole] = tensor
-            continue
-        for row, names in zip(tensor, rule.pieces, strict=True):
-            tensors |= zip(names, row.chunk(len(names)), strict=True)
-    return tensors | {name: torch.zeros(shape, dtype=dtype) for name, shape in layout.zeros.items()}
+def require_new(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory} exists and is not empty; name a new directory, or remove it: rm -r {directory}")
+
+
+def with_eos_of(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """A model made here does not say which token ends a text; its tokenizer does."""
+    if tokenizer is None or tokenizer.eos_id is None or config.eos_token_ids:
+        return config
+    return replace(config, eos_token_ids=(tokenizer.eos_id,))
+
+
+def write_configs(directory: Path, family: Family, config: ModelConfig, dtype: torch.dtype) -> None:
+    """config.json and generation_config.json."""
+    name = str(dtype).removeprefix("torch.")
+    write_json(directory / "config.json", family.config_to_hf(config) | {"dtype": name, "torch_dtype": name})
+    special_tokens = {"bos_token_id": config.bos_token_id, "eos_token_id": eos_as_hf(config.eos_token_ids)}
+    write_json(directory / "generation_config.json", {"_from_model_config": True, **special_tokens})
+
+
+def plan(layout: Layout, ours: Mapping[str, Tensor], data: Callable[[StoredTensor], Tensor]) -> Sequence[PlannedTensor]:
+    """What a family's files hold, in the order of its layout. `ours`, a model's state, gives shapes and types only, and
+    may be on the meta device; `data` makes one stored tensor when it is its turn."""
+    stored = [one for alternatives in layout.tensors for one in alternatives[0]]
+    dtype = ours["embed_tokens.weight"].dtype
+    return [
+        *(
+            PlannedTensor(one.name, one.shape(ours), ours[one.regions[0].ours].dtype, partial(data, one))
+            for one in stored
+        ),
+        *(
+            PlannedTensor(name, shape, dtype, partial(torch.zeros, shape, dtype=dtype))
+            for name, shape in layout.zeros.items()
+        ),
+    ]
+
+
+def _stored(family: Family, config: ModelConfig, ours: Mapping[str, Tensor], stored: StoredTensor) -> Tensor:
+    """A view where it can be: only what is joined or scaled takes memory."""
+    views = stored.views(ours)
+    tensor = views[0] if len(views) == 1 else torch.cat(views)
+    folds = family.folds_into_experts and stored.regions[0].ours.endswith("experts.down")
+    scale = config.moe.routed_scaling_factor if folds and config.moe else 1.0
+    return tensor if scale == 1.0 else tensor * scale

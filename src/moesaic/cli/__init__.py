@@ -32,6 +32,7 @@ for position, (name, function, about) in enumerate(
         ("chat", "chat", "Talk to a model."),
         ("eval", "evaluate", "Perplexity, bits per byte and balance on a text file."),
         ("export", "export", "Write a run as a Hugging Face directory."),
+        ("upcycle", "upcycle", "Make a sparse model of a dense one, with the same logits."),
         ("bench", "bench", "Run a benchmark of the source checkout."),
         ("doctor", "doctor", "What this machine has, and which backend it gets."),
     )

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moesaic.cli.options import this_command
+from moesaic.cli.options import ModelOptions, this_command
+
+_MODEL = ModelOptions()
 
 
-def export(run: str, out: Path, /) -> None:
+def export(run: str, out: Path, /, *, loading: ModelOptions = _MODEL) -> None:
     """Write RUN as a Hugging Face directory that transformers, vLLM and llama.cpp's converter read.
 
     Parameters
@@ -19,10 +21,10 @@ def export(run: str, out: Path, /) -> None:
     out
         The directory to make; it must not hold anything yet.
     """
-    from moesaic.checkpoint.load import load, load_tokenizer
     from moesaic.checkpoint.save import export_model
 
-    family = export_model(load(run), load_tokenizer(run), out)
+    transformer, tokenizer = loading.load(run)
+    family = export_model(transformer, tokenizer, out)
     Console().print(
         f"wrote {out} as {family}\n  {this_command()} generate {out} --prompt 'def '\n"
         f"  {shlex.quote(sys.executable)} -c "

@@ -32,13 +32,25 @@ class ModelOptions:
     "auto, cpu, cuda or cuda:N."
     backend: str = "auto"
     "How experts are computed; `moesaic doctor` lists the choices."
+    offline: Annotated[bool, Parameter(negative="")] = False
+    "Take a model of the hub from the local cache, and ask nobody."
+    revision: str | None = None
+    "Branch, tag or commit of a model on the hub."
 
     def load(self, model: str) -> "tuple[Transformer, Tokenizer]":
         """MODEL and its tokenizer. torch is imported here, not by `--help`."""
         from moesaic.checkpoint.load import load, load_tokenizer
 
-        tokenizer = load_tokenizer(model)
-        return load(model, dtype=self.dtype, device=self.device, backend=self.backend), tokenizer
+        tokenizer = load_tokenizer(model, offline=self.offline, revision=self.revision)
+        transformer = load(
+            model,
+            dtype=self.dtype,
+            device=self.device,
+            backend=self.backend,
+            offline=self.offline,
+            revision=self.revision,
+        )
+        return transformer, tokenizer
 
 
 @Parameter(name="*")

@@ -1,56 +1,78 @@
-"""Causal grouped-query attention (arXiv 2305.13245) with optional normalisation of queries and keys.
+"""Grouped-query attention (arXiv 2305.13245): project, normalise, turn by position, attend, project back.
 
 B batch, L new tokens, S all tokens attended to, D hidden size, H query heads, G key-value heads, d head dim.
 """
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moesaic.config import ModelConfig
-from moesaic.model.kv_cache import KVCache
-from moesaic.model.norm import RMSNorm
+from moesaic.model.attention_context import AttentionContext
+from moesaic.model.norm import RMSNorm, rms_normalize
 from moesaic.model.rope import rotate
+from moesaic.model.softmax_attention import attend
+from moesaic.model_config import LayerType
 
 
 class Attention(nn.Module):
-    """x (B, L, D) -> (B, L, D); every token sees itself and what stands before it."""
+    """x (B, L, D) -> (B, L, D); a token sees itself and what its layer's type shows it of the tokens before."""
 
     def __init__(self, config: ModelConfig, layer_index: int) -> None:
         super().__init__()
+        self.config = config
         self.layer_index = layer_index
-        self.head_dim = config.head_dim
+        self.layer_type: LayerType = config.layer_type(layer_index)
+        self.has_rope = layer_index not in config.nope_layers
+        self.scale = config.attention_multiplier or config.head_dim**-0.5
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
-        bias = config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = _head_norm(config, query_size)
+        self.k_norm = _head_norm(config, key_value_size)
+        self.sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, kv: KVCache | None) -> Tensor:
-        """`mask` (B, 1, L, S) is True where a query sees a key; None means plainly causal with L = S."""
-        query_BHLd = self._heads(self.q_proj(x), self.q_norm)
-        key_BGLd = self._heads(self.k_proj(x), self.k_norm)
-        value_BGLd = self._heads(self.v_proj(x), None)
-        query_BHLd, key_BGLd = rotate(query_BHLd, rotary), rotate(key_BGLd, rotary)
-        key_BGSd, value_BGSd = key_BGLd, value_BGLd
-        if kv is not None:
-            key_BGSd, value_BGSd = kv.write(self.layer_index, key_BGLd, value_BGLd)
-        out_BHLd = functional.scaled_dot_product_attention(
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        query_BHLd = self._place(self._heads(self.q_proj(x), self.q_norm), self.q_norm, context)
+        key_BGSd = self._place(self._heads(self.k_proj(x), self.k_norm), self.k_norm, context)
+        value_BGSd = self._heads(self.v_proj(x), None)
+        if not self.has_rope and context.temperature is not None:
+            query_BHLd = (query_BHLd * context.temperature).to(query_BHLd.dtype)
+        if context.kv is not None:
+            key_BGSd, value_BGSd = context.kv.write(self.layer_index, key_BGSd, value_BGSd)
+        out_BHLd = attend(
             query_BHLd,
             key_BGSd.to(query_BHLd.dtype),
             value_BGSd.to(query_BHLd.dtype),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=query_BHLd.shape[1] != key_BGSd.shape[1],
+            context.masks[self.layer_type],
+            scale=self.scale,
+            sinks=self.sinks,
         )
         return self.o_proj(out_BHLd.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None) -> Tensor:
-        """(B, L, heads * d) -> (B, heads, L, d)."""
-        heads_BLhd = projected.unflatten(-1, (-1, self.head_dim))
-        if norm is not None:
+        """(B, L, heads * d) -> (B, heads, L, d), normalised if that comes before RoPE, then clamped."""
+        if norm is not None and self.config.qk_norm == "width":
+            projected = norm(projected)
+        heads_BLhd = projected.unflatten(-1, (-1, self.config.head_dim))
+        if norm is not None and self.config.qk_norm == "head":
             heads_BLhd = norm(heads_BLhd)
+        if self.config.clip_qkv is not None:
+            heads_BLhd = heads_BLhd.clamp(-self.config.clip_qkv, self.config.clip_qkv)
         return heads_BLhd.transpose(1, 2)
+
+    def _place(self, heads: Tensor, norm: RMSNorm | None, context: AttentionContext) -> Tensor:
+        """Turn queries or keys (B, heads, L, d) by their positions, then normalise them if that comes after RoPE."""
+        if self.has_rope:
+            heads = rotate(heads, context.rotary, self.config.rope_interleaved)
+            if self.config.qk_norm == "l2_after_rope":
+                return rms_normalize(heads, self.config.rms_norm_eps)
+        return norm(heads) if norm is not None and self.config.qk_norm == "head_after_rope" else heads
+
+
+def _head_norm(config: ModelConfig, width: int) -> RMSNorm | None:
+    """The norm of projected queries or keys, `width` wide over all heads; None where it has no weights or is none."""
+    sizes = {"head": config.head_dim, "head_after_rope": config.head_dim, "width": width}
+    return RMSNorm(sizes[config.qk_norm], config.rms_norm_eps) if config.qk_norm in sizes else None

@@ -33,7 +33,8 @@ def z_loss(routing: Routing) -> Tensor:
 def update_expert_bias(router: TopKRouter, tokens_per_expert: Tensor, rate: float) -> None:
     """Loss-free balancing (arXiv 2408.15664): raise the bias of experts below the mean load, lower it above.
 
-    Call once per optimizer step with the load (E,) summed over the whole batch. The bias stays centred on 0.
+    Call once per optimizer step with the load (E,) summed over the whole batch. The bias stays centred on 0. For any
+    router that was made with an `expert_bias`.
     """
     bias_E = router.expert_bias
     assert bias_E is not None, "this router has no selection bias"

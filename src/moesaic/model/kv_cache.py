@@ -1,6 +1,6 @@
 """Keys and values of the tokens seen so far, and where they stand.
 
-B batch, L new tokens, C capacity, G key-value heads, d head dim.
+B batch, L new tokens, C capacity, G cached heads, k and v widths of a key and a value.
 """
 
 import torch
@@ -13,7 +13,8 @@ from moesaic.errors import MoesaicError
 class KVCache:
     """Room for `capacity` tokens of `batch_size` sequences in every layer.
 
-    A slot's position is -1 while it holds nothing or padding, so that sequences of unequal length share a batch.
+    A slot's position is -1 while it holds nothing or padding, so that sequences of unequal length share a batch. With
+    latent attention the one cached head is the latent followed by the position's key, and values have no width.
     """
 
     def __init__(
@@ -25,11 +26,13 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (
-            config.num_hidden_layers, batch_size, config.num_key_value_heads, capacity, config.head_dim,
-        )  # fmt: skip
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        mla = config.mla
+        heads = 1 if mla else config.num_key_value_heads
+        key_size = mla.kv_lora_rank + mla.qk_rope_head_dim if mla else config.head_dim
+        value_size = 0 if mla else config.head_dim
+        shape = (config.num_hidden_layers, batch_size, heads, capacity)
+        self.keys = torch.zeros((*shape, key_size), dtype=dtype, device=device)
+        self.values = torch.zeros((*shape, value_size), dtype=dtype, device=device)
         self.positions = torch.full((batch_size, capacity), -1, dtype=torch.int64, device=device)
         self.length = 0
 
@@ -53,7 +56,7 @@ class KVCache:
         self.length = end
 
     def write(self, layer_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this forward pass's keys and values (B, G, L, d); return all of the layer's, (B, G, length, d)."""
+        """Store this forward pass's keys (B, G, L, k) and values (B, G, L, v); return all, (B, G, length, k or v)."""
         start = self.length - keys.shape[2]
         self.keys[layer_index, :, :, start : self.length] = keys
         self.values[layer_index, :, :, start : self.length] = values

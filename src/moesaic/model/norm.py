@@ -1,8 +1,10 @@
-"""Root-mean-square normalisation (arXiv 1910.07467), computed in float32."""
+"""Normalisations, all computed in float32: RMSNorm (arXiv 1910.07467) and LayerNorm (arXiv 1607.06450)."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from moesaic.config import ModelConfig
 
 
 class RMSNorm(nn.Module):
@@ -14,4 +16,30 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+        return rms_normalize(x, self.eps, self.weight)
+
+
+class LayerNorm(nn.Module):
+    """x (..., size) -> (x - mean(x)) / std(x) * weight [+ bias], in x's dtype."""
+
+    def __init__(self, size: int, eps: float, bias: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return functional.layer_norm(x.float(), (x.shape[-1],), self.weight.float(), bias, self.eps).to(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
+    """The norm of the residual stream that `config` names."""
+    if config.norm == "layer":
+        return LayerNorm(config.hidden_size, config.rms_norm_eps, config.norm_bias)
+    return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+def rms_normalize(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """x (..., size) / rms(x), times `weight` (size,) where there is one, in x's dtype."""
+    return functional.rms_norm(x.float(), (x.shape[-1],), None if weight is None else weight.float(), eps).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864), half-split layout: dimension i turns with dimension i + rotary_dim/2.
+"""Rotary position embedding (arXiv 2104.09864): pairs of dimensions turn by an angle that grows with the position.
 
 B batch, L positions, H heads, d head dim, r rotary dim.
 """
@@ -7,23 +7,34 @@ import torch
 from torch import Tensor
 
 from moesaic.config import ModelConfig
+from moesaic.model.rope_scaling import rotary_frequencies
 
 
 def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (B, 1, L, r) float32, for integer positions (B, L)."""
-    exponent_r = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency_r = config.rope_theta ** (-exponent_r / config.rotary_dim)
-    angle_BLr = positions[..., None].float() * frequency_r
-    angle_B1Lr = torch.cat((angle_BLr, angle_BLr), dim=-1).unsqueeze(1)
-    return angle_B1Lr.cos(), angle_B1Lr.sin()
+    """cos and sin, each (B, 1, L, r) float32, for integer positions (B, L), in the order of `config`'s pairs."""
+    frequencies, multiplier = rotary_frequencies(config, positions)
+    angle_BLp = positions[..., None].float() * frequencies
+    if config.rope_interleaved:
+        angle_BLr = angle_BLp.repeat_interleave(2, dim=-1)
+    else:
+        angle_BLr = torch.cat((angle_BLp, angle_BLp), dim=-1)
+    angle_B1Lr = angle_BLr.unsqueeze(1)
+    return angle_B1Lr.cos() * multiplier, angle_B1Lr.sin() * multiplier
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the first r of the d dimensions of x (B, H, L, d); the others pass."""
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:
+    """Turn the first r of the d dimensions of x (B, H, L, d); the others pass.
+
+    Dimension i turns with i + r/2, or, `interleaved`, dimension 2i with 2i + 1.
+    """
     cos_B1Lr, sin_B1Lr = (table.to(x.dtype) for table in tables)
     rotary_dim = cos_B1Lr.shape[-1]
     if rotary_dim < x.shape[-1]:
         turned, passed = x.split((rotary_dim, x.shape[-1] - rotary_dim), dim=-1)
-        return torch.cat((rotate(turned, tables), passed), dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos_B1Lr + torch.cat((-second, first), dim=-1) * sin_B1Lr
+        return torch.cat((rotate(turned, tables, interleaved), passed), dim=-1)
+    if interleaved:
+        partner = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    else:
+        first, second = x.chunk(2, dim=-1)
+        partner = torch.cat((-second, first), dim=-1)
+    return x * cos_B1Lr + partner * sin_B1Lr

@@ -12,12 +12,13 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from moesaic.config import ModelConfig
 from moesaic.model.attention import Attention
+from moesaic.model.attention_context import AttentionContext, make_attention_context
 from moesaic.model.initialize import initialize
 from moesaic.model.kv_cache import KVCache
+from moesaic.model.latent_attention import LatentAttention
 from moesaic.model.mlp import MLP
 from moesaic.model.moe import MoE
-from moesaic.model.norm import RMSNorm
-from moesaic.model.rope import rotary_tables
+from moesaic.model.norm import LayerNorm, RMSNorm, make_norm
 from moesaic.ops import Routing, require_known
 
 
@@ -35,9 +36,9 @@ class Transformer(nn.Module):
         self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index, backend) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = make_norm(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
 
     def init_weights(self, seed: int = 0) -> None:
         """Fill every parameter and buffer, the same for the same seed."""
@@ -63,25 +64,23 @@ class Transformer(nn.Module):
         implied_positions = positions is None
         if positions is None:
             positions = self._consecutive_positions(tokens, kv)
-        starts_empty = kv is None or kv.length == 0
+        plainly_causal = implied_positions and (kv is None or kv.length == 0)
         if kv is not None:
             kv.extend(positions)
-        plainly_causal = implied_positions and starts_empty
-        attention_mask = None if plainly_causal else _attention_mask(positions, kv)
+        context = make_attention_context(self.config, positions, kv, plainly_causal=plainly_causal)
         padding_mask = None if implied_positions or bool((positions >= 0).all()) else positions >= 0
-        rotary = rotary_tables(positions.clamp_min(0), self.config)
 
-        x_BLD = self.embed_tokens(tokens)
+        x_BLD = self.embed_tokens(tokens) * self.config.embedding_multiplier
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled() and kv is None:
-                x_BLD, routing = _checkpointed(block, x_BLD, rotary, attention_mask, padding_mask)
+                x_BLD, routing = _checkpointed(block, x_BLD, context, padding_mask)
             else:
-                x_BLD, routing = block(x_BLD, rotary, attention_mask, padding_mask, kv)
+                x_BLD, routing = block(x_BLD, context, padding_mask)
             if routings is not None and routing is not None:
                 routings.append(routing)
         if logits_to_keep is not None:
             x_BLD = x_BLD[:, -logits_to_keep:]
-        return nn.functional.linear(self.norm(x_BLD), self.head_weight)
+        return self._logits(self.norm(x_BLD))
 
     @property
     def head_weight(self) -> Tensor:
@@ -96,6 +95,12 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoE]:
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoE)]
 
+    def _logits(self, x: Tensor) -> Tensor:
+        bias = None if self.config.tie_word_embeddings else self.lm_head.bias
+        logits_BLV = nn.functional.linear(x, self.head_weight, bias)
+        # They are the largest tensor of all: not copied where nothing would change.
+        return logits_BLV if self.config.logits_scaling == 1.0 else logits_BLV / self.config.logits_scaling
+
     @staticmethod
     def _consecutive_positions(tokens: Tensor, kv: KVCache | None) -> Tensor:
         steps_L = torch.arange(tokens.shape[1], device=tokens.device)
@@ -105,43 +110,42 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward, each on a normalised copy of the residual stream."""
+    """Attention, then a feed-forward; each adds to the residual stream, its input or its output normalised."""
 
     def __init__(self, config: ModelConfig, layer_index: int, backend: str) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layer_index)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_placement = config.norm_placement
+        self.residual_multiplier = config.residual_multiplier
+        self.attention_norm = make_norm(config)
+        self.attention = LatentAttention(config, layer_index) if config.mla else Attention(config, layer_index)
+        self.feed_forward_norm = make_norm(config)
         self.feed_forward = (
             MoE(config, backend)
             if config.is_moe_layer(layer_index)
-            else MLP(config.hidden_size, config.intermediate_size)
+            else MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         )
 
     def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        padding_mask: Tensor | None,
-        kv: KVCache | None = None,
+        self, x: Tensor, context: AttentionContext, padding_mask: Tensor | None
     ) -> tuple[Tensor, Routing | None]:
-        x = x + self.attention(self.attention_norm(x), rotary, attention_mask, kv)
-        normed = self.feed_forward_norm(x)
+        """x (B, L, D); `padding_mask` (B, L) is False for padding, None when there is none."""
+        update = self.attention(self._input(x, self.attention_norm), context)
+        x = self._add(x, update, self.attention_norm)
+        update, routing = self._feed_forward(self._input(x, self.feed_forward_norm), padding_mask)
+        return self._add(x, update, self.feed_forward_norm), routing
+
+    def _feed_forward(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Routing | None]:
         if isinstance(self.feed_forward, MoE):
-            update, routing = self.feed_forward(normed, padding_mask)
-        else:
-            update, routing = self.feed_forward(normed), None
-        return x + update, routing
+            return self.feed_forward(x, padding_mask)
+        return self.feed_forward(x), None
 
+    def _input(self, x: Tensor, norm: RMSNorm | LayerNorm) -> Tensor:
+        return norm(x) if self.norm_placement == "pre" else x
 
-def _attention_mask(query_positions: Tensor, kv: KVCache | None) -> Tensor:
-    """(B, 1, L, S) bool: a query at position p sees the keys at 0..p; padding sees itself, so that no row is empty."""
-    key_positions = query_positions if kv is None else kv.positions[:, : kv.length]
-    query_BL1, key_B1S = query_positions.unsqueeze(2), key_positions.unsqueeze(1)
-    visible_BLS = (key_B1S <= query_BL1) & (key_B1S >= 0)
-    padding_BLS = (query_BL1 < 0) & (key_B1S < 0)
-    return (visible_BLS | padding_BLS).unsqueeze(1)
+    def _add(self, x: Tensor, update: Tensor, norm: RMSNorm | LayerNorm) -> Tensor:
+        if self.norm_placement == "post":
+            update = norm(update)
+        return torch.add(x, update, alpha=self.residual_multiplier)
 
 
 def _checkpointed(block: Block, *inputs: object) -> tuple[Tensor, Routing | None]:

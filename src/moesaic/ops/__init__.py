@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import UsageError
+from moesaic.ops.activation import ACTIVATIONS, Activation
 from moesaic.ops.grouped import grouped_experts
 from moesaic.ops.reference import reference_experts
 from moesaic.ops.routing import Routing
 from moesaic.ops.weights import ExpertWeights
 
 __all__ = [
+    "ACTIVATIONS",
     "BACKENDS",
     "DTYPES",
+    "Activation",
     "Backend",
     "ExpertShape",
     "ExpertWeights",
@@ -43,6 +46,9 @@ class ExpertShape:
     """Device type: `cpu`, `cuda` ..."""
     dtype: torch.dtype
     """What the products are computed in."""
+    activation: str = "swiglu"
+    has_bias: bool = False
+    """Whether there are biases on the experts' projections."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,9 @@ class Backend:
     run: Callable[[Tensor, Routing, ExpertWeights], Tensor]
     devices: frozenset[str]
     dtypes: frozenset[torch.dtype]
+    activations: frozenset[str]
+    biases: bool
+    """Whether it adds biases to the experts' projections."""
     row_alignment_bytes: int = 1
     """hidden_size and moe_intermediate_size must fill a multiple of this many bytes."""
     about: str = ""
@@ -63,6 +72,8 @@ BACKENDS: dict[str, Backend] = {
         run=grouped_experts,
         devices=frozenset({"cpu", "cuda"}),
         dtypes=frozenset({torch.float32, torch.bfloat16}),
+        activations=frozenset(ACTIVATIONS),
+        biases=True,
         row_alignment_bytes=16,
         about="grouped matrix products of torch over rows sorted by expert",
     ),
@@ -70,6 +81,8 @@ BACKENDS: dict[str, Backend] = {
         run=reference_experts,
         devices=frozenset({"cpu", "cuda", "mps"}),
         dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
+        activations=frozenset(ACTIVATIONS),
+        biases=True,
         about="a plain loop over experts; slow, right, everywhere",
     ),
 }
@@ -82,6 +95,10 @@ def refusal(name: str, shape: ExpertShape) -> str | None:
         return f"runs on {', '.join(sorted(backend.devices))}, not on {shape.device}"
     if shape.dtype not in backend.dtypes:
         return f"computes in {', '.join(sorted(map(str, backend.dtypes)))}, not in {shape.dtype}"
+    if shape.activation not in backend.activations:
+        return f"computes {', '.join(sorted(backend.activations))}, not {shape.activation}"
+    if shape.has_bias and not backend.biases:
+        return "adds no biases to the experts' projections"
     for field in ("hidden_size", "moe_intermediate_size"):
         size = getattr(shape, field)
         if size * shape.dtype.itemsize % backend.row_alignment_bytes:

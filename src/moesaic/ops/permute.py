@@ -61,3 +61,33 @@ def unpermute(rows: Tensor, permutation: Permutation) -> Tensor:
         return y_TD
     y_TD = rows.new_zeros(permutation.num_tokens, rows.shape[1])
     return y_TD.index_add_(0, permutation.token_ids, rows)
+
+
+def rows_with_weighted_inputs(x: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
+    """For routers whose weights scale what goes into an expert, not what comes out (Llama 4).
+
+    Returns x (T, D) as one row per assignment (N, D), already times its weight, in x's dtype, and the routing of these
+    rows, in which each is a token of weight 1. So no backend has to know. `sum_rows_of_tokens` takes the way back.
+    """
+    if routing.top_k is not None:
+        weights_TK1 = routing.weights.view(routing.num_tokens, routing.top_k, 1)
+        rows_ND = (x.unsqueeze(1) * weights_TK1).flatten(0, 1)
+    else:
+        rows_ND = x.index_select(0, routing.token_ids) * routing.weights.unsqueeze(1)
+    num_rows = rows_ND.shape[0]
+    return rows_ND.to(x.dtype), Routing(
+        token_ids=torch.arange(num_rows, device=x.device),
+        expert_ids=routing.expert_ids,
+        weights=torch.ones_like(routing.weights, requires_grad=False),
+        logits=routing.logits.new_zeros(()).expand(num_rows, routing.num_experts),  # none of their own, no memory
+        num_experts=routing.num_experts,
+        top_k=1,
+    )
+
+
+def sum_rows_of_tokens(rows: Tensor, routing: Routing) -> Tensor:
+    """Sum rows (N, D) in the order of the assignments into tokens (T, D); tokens without a row get zeros."""
+    if routing.top_k is not None:
+        return rows.view(routing.num_tokens, routing.top_k, rows.shape[1]).sum(1)
+    y_TD = rows.new_zeros(routing.num_tokens, rows.shape[1])
+    return y_TD.index_add(0, routing.token_ids, rows)

@@ -103,7 +103,7 @@ def _require_possible(config: TrainConfig, device: torch.device) -> None:
     moe = config.model.moe
     if moe is not None:
         shape = (config.model.hidden_size, moe.moe_intermediate_size, device.type, DTYPES[config.dtype])
-        pick(config.backend, ExpertShape(*shape))
+        pick(config.backend, ExpertShape(*shape, activation=moe.activation, has_bias=moe.projection_bias))
     # Parameters, gradients and two moments in float32; activations come on top.
     needed = 4 * weight_bytes(config.model, "float32")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

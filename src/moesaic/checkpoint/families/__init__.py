@@ -1,52 +1,101 @@
 """Model families of the Hugging Face ecosystem that we read and write, by their `model_type`."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import difflib
 
-from moesaic.checkpoint.families import glm4_moe, qwen3, qwen3_moe
-from moesaic.checkpoint.families.rules import Layout
+from moesaic.checkpoint.families import (
+    dbrx,
+    deepseek_v2,
+    deepseek_v3,
+    dots1,
+    ernie4_5_moe,
+    flex_olmo,
+    glm4_moe,
+    gpt_oss,
+    granitemoe,
+    granitemoeshared,
+    hunyuan_v1_moe,
+    llama,
+    llama4_text,
+    minimax_m2,
+    mistral,
+    mixtral,
+    olmo2,
+    olmoe,
+    phimoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
+from moesaic.checkpoint.families.family import Family
 from moesaic.config import ModelConfig
 from moesaic.errors import MoesaicError
 
-
-@dataclass(frozen=True)
-class Family:
-    """How one `model_type` says what our ModelConfig says, and where it keeps the tensors."""
-
-    model_type: str
-    config_from_hf: Callable[[Mapping[str, Any]], ModelConfig]
-    """Raises MoesaicError for a key or value that is not supported, by name."""
-    config_to_hf: Callable[[ModelConfig], dict[str, Any]]
-    """Raises MoesaicError for what the family cannot express, by name."""
-    layout: Callable[[ModelConfig], Layout]
-
-
-FAMILIES = {
-    "qwen3": Family("qwen3", qwen3.config_from_hf, qwen3.config_to_hf, qwen3.layout),
-    "qwen3_moe": Family("qwen3_moe", qwen3_moe.config_from_hf, qwen3_moe.config_to_hf, qwen3_moe.layout),
-    "glm4_moe": Family("glm4_moe", glm4_moe.config_from_hf, glm4_moe.config_to_hf, glm4_moe.layout),
+# In the order in which a model that was made here is offered to them: the first that can express it is written.
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        qwen3.FAMILY,
+        qwen3_moe.FAMILY,
+        glm4_moe.FAMILY,
+        llama.FAMILY,
+        mistral.FAMILY,
+        qwen2.FAMILY,
+        olmo2.FAMILY,
+        mixtral.FAMILY,
+        qwen2_moe.FAMILY,
+        deepseek_v2.FAMILY,
+        deepseek_v3.FAMILY,
+        dots1.FAMILY,
+        ernie4_5_moe.FAMILY,
+        minimax_m2.FAMILY,
+        hunyuan_v1_moe.FAMILY,
+        olmoe.FAMILY,
+        flex_olmo.FAMILY,
+        gpt_oss.FAMILY,
+        phimoe.FAMILY,
+        granitemoe.FAMILY,
+        granitemoeshared.FAMILY,
+        dbrx.FAMILY,
+        llama4_text.FAMILY,
+    )
 }
 
-FAMILY_OF_ROUTER = {"softmax_topk": "qwen3_moe", "sigmoid_topk": "glm4_moe"}
+# Models that take more than text. Their language model is read, and is then a model of its own family.
+LANGUAGE_MODELS: dict[str, Family] = {"llama4": llama4_text.BESIDE_VISION}
+
+# Published names of models that have the form of another family, and are written as that one.
+SAME_FORM: dict[str, Family] = {"kimi_k2": deepseek_v3.FAMILY}
 
 
 def family_of(model_type: object) -> Family:
-    """The family of a config.json. Raises MoesaicError when it is not one of ours."""
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise MoesaicError(
-            f"model_type {model_type!r} is not supported; the families read here are {', '.join(FAMILIES)}"
-        )
-    return FAMILIES[model_type]
+    """The family of a config.json. Raises MoesaicError when it is not one of ours; the nearest is named."""
+    known = FAMILIES | LANGUAGE_MODELS | SAME_FORM
+    if isinstance(model_type, str) and model_type in known:
+        return known[model_type]
+    nearest = difflib.get_close_matches(str(model_type)[:100], known, n=1, cutoff=0.3)
+    hint = f"the nearest that is, is {nearest[0]}; " if nearest else ""
+    raise MoesaicError(
+        f"model_type {str(model_type)[:100]!r} is not supported; {hint}the families read here are {', '.join(known)}"
+    )
 
 
 def family_for_export(config: ModelConfig) -> Family:
-    """The family that a model of ours is written as. Raises MoesaicError when no family has its router."""
-    if config.moe is None:
-        return FAMILIES["qwen3"]
-    if config.moe.router not in FAMILY_OF_ROUTER:
-        raise MoesaicError(
-            f"no Hugging Face family has the router {config.moe.router!r}, so this model cannot be exported; "
-            f"these can: {', '.join(FAMILY_OF_ROUTER)}"
-        )
-    return FAMILIES[FAMILY_OF_ROUTER[config.moe.router]]
+    """The family that a model is written as: its own, or for one that was made here the first that can express it.
+
+    Raises MoesaicError that names, for the nearest family, what it cannot express.
+    """
+    if config.model_type:
+        family_of(config.model_type).config_to_hf(config)
+        return family_of(config.model_type)
+    lost = {}
+    for family in FAMILIES.values():
+        if family.sparse == (config.moe is not None):
+            _, lost[family.model_type] = family.try_to_write(config)
+            if not lost[family.model_type]:
+                return family
+    nearest = min(lost, key=lambda name: len(lost[name]))
+    raise MoesaicError(
+        f"no Hugging Face family can express this model, so it cannot be exported (it still trains and runs here); "
+        f"the nearest is {nearest}, in which {'; '.join(lost[nearest])}"
+    )

@@ -1,0 +1,152 @@
+"""A Hugging Face directory: its config, and its tensors under our names, read in place and in parallel."""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moesaic.accounting import count_parameters
+from moesaic.checkpoint.families import Family, family_of
+from moesaic.checkpoint.families.keys import token_ids
+from moesaic.checkpoint.families.layout import Layout, Shape, StoredTensor
+from moesaic.checkpoint.packed import UnpackedWeights
+from moesaic.checkpoint.resolve import CONFIG
+from moesaic.config import ModelConfig
+from moesaic.errors import MoesaicError
+from moesaic.ops import DTYPES
+from moesaic.weight_reader import WeightDirectory, fill
+from moesaic.weights_io import read_json
+
+READERS = min(4, os.cpu_count() or 1)
+"""Threads that read."""
+FLOAT32_BUFFER = "router.expert_bias"
+ROUTER_TENSORS = ("router.weight", "router.bias")
+
+
+class HFDirectory:
+    """Context manager. Opening it reads the config and the headers of the weights, and checks one against the other.
+
+    Raises MoesaicError, naming keys, tensors and shapes, for what we cannot do or what does not fit.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._values = read_json(directory / CONFIG)
+        try:
+            self.family: Family = family_of(self._values.get("model_type"))
+            self.config: ModelConfig = self.family.config_from_hf(self._values)
+            self.config = replace(self.config, eos_token_ids=self._generation_eos() or self.config.eos_token_ids)
+        except MoesaicError as error:
+            raise MoesaicError(f"{directory}: {error}") from error
+        self.weights = UnpackedWeights(WeightDirectory(directory), self._values.get("quantization_config"))
+        self._check_size()  # before anything is made that is as large as the config says
+        self.layout: Layout = self.family.layout(self.config)
+
+    def __enter__(self) -> "HFDirectory":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.weights.__exit__(*exception)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What config.json says the weights are; float16 is read as float32."""
+        name = self._values.get("dtype") or self._values.get("torch_dtype") or "float32"
+        dtypes = DTYPES | {"float16": torch.float32}
+        if not isinstance(name, str) or name not in dtypes:
+            raise MoesaicError(f"config.json: dtype = {name!r} is not supported, only {', '.join(dtypes)}")
+        return dtypes[name]
+
+    def allocate(self, like: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Empty tensors like those of a model on the meta device, in the type that each will have.
+
+        The selection bias is always float32; routers never lose precision, because near ties would flip.
+        """
+        stored_as = {
+            region.ours: self.weights.dtype(stored.name)
+            for stored in self.stored(like)
+            for region in stored.regions
+            if region.ours.endswith(ROUTER_TENSORS)
+        }
+        return {
+            name: torch.empty(tensor.shape, dtype=final_dtype(name, stored_as.get(name, dtype), dtype), device=device)
+            for name, tensor in like.items()
+        }
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Reads `tensors`, a model's state or whole layers of it, from disk into the memory that they have."""
+        alone: list[tuple[str, Tensor]] = []
+        for stored in self.stored(tensors):
+            views = stored.views(tensors)
+            if len(views) == 1:
+                alone.append((stored.name, views[0]))
+                continue
+            parts = self.weights.read(stored.name).split([len(view) for view in views])
+            for view, part in zip(views, parts, strict=True):
+                view.copy_(part)
+        fill(self.weights, alone, READERS)
+
+    def stored(self, ours: Iterable[str]) -> list[StoredTensor]:
+        """The tensors on disk that hold these tensors of ours, in the layout that this directory has."""
+        names = set(ours)
+        return [
+            stored
+            for alternatives in self.layout.tensors
+            if alternatives[0][0].regions[0].ours in names
+            for stored in self._present(alternatives)
+        ]
+
+    def _present(self, alternatives: tuple[tuple[StoredTensor, ...], ...]) -> tuple[StoredTensor, ...]:
+        """The alternative that this directory has; the published one when it has none, which is then missed by name."""
+        return next((one for one in alternatives if one[0].name in self.weights), alternatives[0])
+
+    def check(self, like: Mapping[str, Tensor]) -> None:
+        """Raises MoesaicError unless the files hold exactly the tensors that a model on the meta device needs."""
+        layout = self.layout
+        expected = {stored.name: stored.shape(like) for one in layout.tensors for stored in self._present(one)}
+        zeros = {name: shape for name, shape in layout.zeros.items() if name in self.weights}
+        expected |= zeros
+        names = [name for name in self.weights.names if name in expected or not layout.ignored(name)]
+        check_shapes(expected, {name: self.weights.shape(name) for name in names}, self.directory)
+        for name in expected:
+            self.weights.dtype(name)
+        for name in zeros:
+            if self.weights.read(name).count_nonzero():
+                raise MoesaicError(f"tensor {name} in {self.directory} is not zero, and this model has no place for it")
+
+    def _check_size(self) -> None:
+        promised = count_parameters(self.config).total
+        held = sum(math.prod(self.weights.shape(name)) for name in self.weights.names)
+        if promised > 2 * held:  # what is short of less is named tensor by tensor
+            raise MoesaicError(
+                f"{self.directory}: config.json promises {promised:,} parameters and the files hold {held:,}; "
+                "complete the files, or take the config.json that belongs to them"
+            )
+
+    def _generation_eos(self) -> tuple[int, ...]:
+        generation = self.directory / "generation_config.json"
+        return token_ids(read_json(generation).get("eos_token_id")) if generation.exists() else ()
+
+
+def final_dtype(name: str, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+    """The type in which a tensor of ours is kept: the one that is wanted, but for routers."""
+    if name.endswith(FLOAT32_BUFFER):
+        return torch.float32
+    return torch.promote_types(stored, wanted) if name.endswith(ROUTER_TENSORS) else wanted
+
+
+def check_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: Path) -> None:
+    problems = [f"{name} is missing (expected {list(shape)})" for name, shape in expected.items() if name not in found]
+    problems += [f"{name} {list(shape)} is unknown" for name, shape in found.items() if name not in expected]
+    problems += [
+        f"{name} has shape {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise MoesaicError(f"weights in {where} do not fit its config.json: {'; '.join(problems[:3])}{more}")
