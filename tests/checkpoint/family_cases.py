@@ -114,6 +114,9 @@ FAMILY_CASES: dict[str, transformers.PreTrainedConfig] = {
         max_window_layers=2,
         tie_word_embeddings=True,
     ),
+    "qwen2_moe without shared expert": transformers.Qwen2MoeConfig(
+        **{**QWEN2_MOE, "shared_expert_intermediate_size": 0}, norm_topk_prob=True
+    ),
     "qwen3_moe": transformers.Qwen3MoeConfig(**QWEN3_MOE, norm_topk_prob=True),
     "qwen3_moe dense first, not normalised": transformers.Qwen3MoeConfig(
         **QWEN3_MOE, norm_topk_prob=False, mlp_only_layers=[0, 1], tie_word_embeddings=True, attention_bias=True

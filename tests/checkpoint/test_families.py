@@ -97,7 +97,9 @@ def test_what_we_write_is_what_we_read(saved: tuple[Path, transformers.PreTraine
     assert export_model(ours, None, out) == ours.config.model_type
     before, after = stored_tensors(directory), stored_tensors(out)
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    with HFDirectory(directory) as stored:
+        does_nothing = stored.layout.fillers
+    assert all(torch.equal(before[name], after[name]) for name in before if name not in does_nothing)
     tokens = random_tokens()
     again = load_theirs(out)
     assert largest_difference(again(tokens).logits, theirs(tokens).logits) < TOLERANCE

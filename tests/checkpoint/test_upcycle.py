@@ -36,6 +36,7 @@ DENSE: dict[str, tuple[transformers.PreTrainedConfig, str]] = {
     "mistral": (
         transformers.MistralConfig(**SIZES, **WIDE_ROUTER, sliding_window=7, tie_word_embeddings=True), "mixtral",
     ),
+    "qwen2": (transformers.Qwen2Config(**SIZES, **WIDE_ROUTER), "qwen2_moe"),
     "olmo2": (transformers.Olmo2Config(**SIZES, **WIDE_ROUTER), "flex_olmo"),
 }  # fmt: skip
 COPY = Upcycling(num_experts=5, top_k=2)
@@ -232,12 +233,11 @@ def test_impossible_wishes_are_refused_with_their_numbers(options: dict[str, Any
     [
         (DENSE["qwen3"][0], replace(GRANULAR, granularity=5, num_experts=10, top_k=5),
          "granularity is 5, which does not divide the intermediate_size 48 of qwen3"),
-        (transformers.Qwen2Config(**SIZES), COPY, "qwen2 cannot be upcycled: no sparse Hugging Face family"),
         (transformers.LlamaConfig(**SIZES, mlp_bias=True), COPY,
          "nearest is mixtral, in which moe.projection_bias = True would become False"),
         (transformers.MixtralConfig(**SIZES, num_local_experts=6), COPY, "mixtral has 6 experts already"),
     ],
-    ids=["granularity", "qwen2", "biases", "sparse"],
+    ids=["granularity", "biases", "sparse"],
 )  # fmt: skip
 def test_models_that_do_not_fit_are_refused(
     tmp_path: Path, config: transformers.PreTrainedConfig, how: Upcycling, message: str

@@ -108,15 +108,11 @@ class HFDirectory:
         """Raises MoesaicError unless the files hold exactly the tensors that a model on the meta device needs."""
         layout = self.layout
         expected = {stored.name: stored.shape(like) for one in layout.tensors for stored in self._present(one)}
-        zeros = {name: shape for name, shape in layout.zeros.items() if name in self.weights}
-        expected |= zeros
+        expected |= {name: shape for name, shape in layout.fillers.items() if name in self.weights}
         names = [name for name in self.weights.names if name in expected or not layout.ignored(name)]
         check_shapes(expected, {name: self.weights.shape(name) for name in names}, self.directory)
         for name in expected:
             self.weights.dtype(name)
-        for name in zeros:
-            if self.weights.read(name).count_nonzero():
-                raise MoesaicError(f"tensor {name} in {self.directory} is not zero, and this model has no place for it")
 
     def _check_size(self) -> None:
         promised = count_parameters(self.config).total

@@ -75,7 +75,7 @@ def plan(layout: Layout, ours: Mapping[str, Tensor], data: Callable[[StoredTenso
         ),
         *(
             PlannedTensor(name, shape, dtype, partial(torch.zeros, shape, dtype=dtype))
-            for name, shape in layout.zeros.items()
+            for name, shape in layout.fillers.items()
         ),
     ]
 

@@ -310,9 +310,9 @@ def test_kimi_k2_loads_and_is_written_as_deepseek_v3(tmp_path: Path) -> None:
 
 def test_shared_experts_that_do_not_exist_have_width_zero() -> None:
     with_none = read(PUBLISHED["DeepSeek-V2-Lite"] | {"n_shared_experts": None, "num_hidden_layers": 3})
-    assert deepseek_v2.layout(with_none).zeros == {
+    assert deepseek_v2.FAMILY.layout(with_none).fillers == {
         f"model.layers.{layer}.mlp.shared_experts.{leaf}.weight": shape
         for layer in (1, 2)
         for leaf, shape in (("gate_proj", (0, 2048)), ("up_proj", (0, 2048)), ("down_proj", (2048, 0)))
     }
-    assert layout_of("DeepSeek-V2-Lite").zeros == {}
+    assert layout_of("DeepSeek-V2-Lite").fillers == {}

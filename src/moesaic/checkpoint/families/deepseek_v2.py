@@ -1,6 +1,6 @@
 """DeepSeek-V2 (arXiv 2405.04434): latent attention, and softmax experts that a token may have to pick by group."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from moesaic.checkpoint.families.family import Family
@@ -17,7 +17,7 @@ from moesaic.checkpoint.families.keys import (
     SpecialTokens,
     sizes,
 )
-from moesaic.checkpoint.families.layout import Layout, Shape, decoder_layout
+from moesaic.checkpoint.families.layout import with_empty_shared_experts
 from moesaic.checkpoint.families.rope_keys import Rope
 from moesaic.config import ModelConfig
 from moesaic.errors import MoesaicError
@@ -102,24 +102,6 @@ class GroupsByMethod:
         return {"topk_method": "group_limited_greedy", **groups}
 
 
-def layout(config: ModelConfig) -> Layout:
-    """transformers builds shared experts of width 0 when there are none."""
-    assert config.moe is not None
-    usual = decoder_layout(config)
-    return usual if config.moe.shared_intermediate_size else replace(usual, zeros=_empty_shared_experts(config))
-
-
-def _empty_shared_experts(config: ModelConfig) -> dict[str, Shape]:
-    empty: dict[str, Shape] = {}
-    for index in range(config.num_hidden_layers):
-        if config.is_moe_layer(index):
-            prefix = f"model.layers.{index}.mlp.shared_experts"
-            empty[f"{prefix}.gate_proj.weight"] = (0, config.hidden_size)
-            empty[f"{prefix}.up_proj.weight"] = (0, config.hidden_size)
-            empty[f"{prefix}.down_proj.weight"] = (config.hidden_size, 0)
-    return empty
-
-
 FAMILY = Family(
     model_type="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
@@ -149,5 +131,5 @@ FAMILY = Family(
             }
         ),
     ),
-    layout=layout,
+    layout=with_empty_shared_experts,
 )

@@ -3,7 +3,7 @@
 Latent attention as in DeepSeek-V2, and sigmoid experts whose selection bias takes the place of a balance loss.
 """
 
-from moesaic.checkpoint.families.deepseek_v2 import LATENT_ATTENTION, layout
+from moesaic.checkpoint.families.deepseek_v2 import LATENT_ATTENTION
 from moesaic.checkpoint.families.family import Family
 from moesaic.checkpoint.families.keys import (
     Always,
@@ -15,6 +15,7 @@ from moesaic.checkpoint.families.keys import (
     SpecialTokens,
     sizes,
 )
+from moesaic.checkpoint.families.layout import with_empty_shared_experts
 
 FAMILY = Family(
     model_type="deepseek_v3",
@@ -42,5 +43,5 @@ FAMILY = Family(
         SpecialTokens(default_bos=0, default_eos=1),
         Always({"moe.router": "sigmoid_topk"}),
     ),
-    layout=layout,
+    layout=with_empty_shared_experts,
 )

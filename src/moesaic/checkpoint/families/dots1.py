@@ -1,6 +1,5 @@
 """dots.llm1 (arXiv 2506.05767): DeepSeek-V3's router, and Qwen3's attention."""
 
-from moesaic.checkpoint.families.deepseek_v2 import layout
 from moesaic.checkpoint.families.family import Family
 from moesaic.checkpoint.families.keys import (
     Always,
@@ -14,6 +13,7 @@ from moesaic.checkpoint.families.keys import (
     SpecialTokens,
     sizes,
 )
+from moesaic.checkpoint.families.layout import with_empty_shared_experts
 from moesaic.checkpoint.families.qwen2 import UpperLayersSlide
 from moesaic.checkpoint.families.rope_keys import Rope
 
@@ -44,5 +44,5 @@ FAMILY = Family(
         SpecialTokens(),
         Always({"qk_norm": "head", "moe.router": "sigmoid_topk"}),
     ),
-    layout=layout,
+    layout=with_empty_shared_experts,
 )

@@ -1,6 +1,5 @@
 """GLM-4-MoE (arXiv 2508.06471): DeepSeek-V3's sigmoid router with a selection bias, and grouped-query attention."""
 
-from moesaic.checkpoint.families.deepseek_v2 import layout
 from moesaic.checkpoint.families.family import Family
 from moesaic.checkpoint.families.keys import (
     Always,
@@ -13,6 +12,7 @@ from moesaic.checkpoint.families.keys import (
     SpecialTokens,
     sizes,
 )
+from moesaic.checkpoint.families.layout import with_empty_shared_experts
 from moesaic.checkpoint.families.rope_keys import Rope
 
 FAMILY = Family(
@@ -43,5 +43,5 @@ FAMILY = Family(
         SpecialTokens(),
         Always({"moe.router": "sigmoid_topk"}),
     ),
-    layout=layout,
+    layout=with_empty_shared_experts,
 )

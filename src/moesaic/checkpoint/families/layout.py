@@ -9,7 +9,7 @@ E experts, D hidden size, F expert intermediate size.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -61,13 +61,13 @@ Alternatives = tuple[tuple[StoredTensor, ...], ...]
 class Layout:
     """All tensors of a model in one family.
 
-    `zeros` are tensors (name -> shape) that the family has and our model does not, because they are zero or empty: they
-    are written as zeros; on reading they may be absent and must be zero. `ignored` says of other names in a checkpoint
-    whether they may be skipped.
+    `fillers` are tensors (name -> shape) that the family has and our model does not, because they do nothing: shared
+    experts of width 0, and what weighs them. They are written as zeros; on reading they may be absent, and nobody looks
+    at their values. `ignored` says of other names in a checkpoint whether they may be skipped.
     """
 
     tensors: tuple[Alternatives, ...]
-    zeros: dict[str, Shape] = field(default_factory=dict)
+    fillers: dict[str, Shape] = field(default_factory=dict)
     ignored: Callable[[str], bool] = lambda name: False
 
 
@@ -229,6 +229,26 @@ def decoder_layout(
         else:
             tensors += mlp(f"{ours}.feed_forward", f"{theirs}.{names.mlp}", bias=config.mlp_bias)
     return Layout(tuple(tensors), {}, _ignored(config, names))
+
+
+def with_empty_shared_experts(config: ModelConfig, names: Names | None = None, *, gate: bool = False) -> Layout:
+    """`decoder_layout`, but where there are no shared experts, families of transformers have some of width 0, and with
+    `gate` a weight for what they put out."""
+    assert config.moe is not None
+    names = names or Names()
+    usual = decoder_layout(config, names)
+    if config.moe.shared_intermediate_size:
+        return usual
+    empty: dict[str, Shape] = {}
+    for index in range(config.num_hidden_layers):
+        if config.is_moe_layer(index):
+            block = f"{names.layer.format(index)}.{names.moe}"
+            empty[f"{block}.{names.shared_experts}.gate_proj.weight"] = (0, config.hidden_size)
+            empty[f"{block}.{names.shared_experts}.up_proj.weight"] = (0, config.hidden_size)
+            empty[f"{block}.{names.shared_experts}.down_proj.weight"] = (config.hidden_size, 0)
+            if gate:
+                empty[f"{block}.{names.shared_expert_gate}.weight"] = (1, config.hidden_size)
+    return replace(usual, fillers=empty)
 
 
 def _norm(config: ModelConfig, ours: str, theirs: str) -> list[Alternatives]:
