@@ -172,6 +172,7 @@ def test_one_key_of_a_preset_s_mixture_can_be_overridden(tmp_path):
         (["--tensorboard", "yes"], ["tensorboard is 'yes'", "true or false"]),
         (["--data", "stdlib"], ["data is 'stdlib'", "table"]),
         (["--model.moe.num-experts-per-tok", "9"], ["[model.moe] num_experts_per_tok is 9 but num_experts is 8"]),
+        (["--model.moe.num-experts-per-tok", "1"], ["num_experts_per_tok is 1", "router gets no gradient"]),
         (["--model.num-key-value-heads", "3"], ["[model] num_attention_heads is 4"]),
         (["--sequence-length", "4096"], ["sequence_length is 4096 but model.max_position_embeddings is 2048"]),
         (["--model.preset", "demo-sparce"], ["unknown preset 'demo-sparce'", "did you mean demo-sparse?"]),

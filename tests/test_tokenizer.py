@@ -1,5 +1,6 @@
 import json
 import random
+import resource
 import shlex
 import subprocess
 import sys
@@ -354,6 +355,16 @@ def test_added_tokens_of_a_byte_tokenizer_are_used():
     tokenizer = Tokenizer(rust)
     assert tokenizer.encode_batch(["a router"]) == [tokenizer.encode("a router")] == [[97, 32, 257]]
     assert tokenizer.token_bytes()[257] == 6
+
+
+def test_a_full_disk_is_an_oserror_as_for_other_files(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            BPE.save(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_half_a_surrogate_pair_is_refused():

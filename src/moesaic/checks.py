@@ -25,3 +25,10 @@ def require_not_negative(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(0 <= value < math.inf, f"{name} is {value}; it must be a number, 0 or above")
+
+
+def require_between(config: object, low: float, high: float, *names: str) -> None:
+    """Both bounds are allowed. Fields that are None pass: they are switched off."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or low <= value <= high, f"{name} is {value}; it must lie between {low:g} and {high:g}")

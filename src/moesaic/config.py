@@ -179,6 +179,11 @@ class TrainConfig:
         )
         moe = self.model.moe
         require(
+            moe is None or not moe.has_constant_weights,
+            "num_experts_per_tok is 1 and weights are normalised: every weight is 1, and the router gets no gradient; "
+            "set model.moe.num_experts_per_tok = 2, or router = 'softmax_topk' with norm_topk_prob = false",
+        )
+        require(
             moe is not None or self.balance == BalanceConfig(),
             "[balance] needs [model.moe]: a dense model has nothing to balance; remove the section or set it to 0",
         )

@@ -7,10 +7,12 @@ config that exists is a config that can be built.
 from dataclasses import dataclass
 from typing import Literal
 
-from moesaic.checks import require, require_not_negative, require_positive
+from moesaic.checks import require, require_between, require_not_negative, require_positive
 
 RouterName = Literal["softmax_topk", "topk_softmax", "sigmoid_topk", "topk_sigmoid_input", "sparsemixer"]
 ActivationName = Literal["swiglu", "clamped_swiglu"]
+SCORE_ROUTERS: tuple[RouterName, ...] = ("softmax_topk", "sigmoid_topk")
+"""Those that score all experts first: only then can scores be limited to groups, biased, and their best normalised."""
 QKNorm = Literal["none", "head", "width", "head_after_rope", "l2_after_rope"]
 LayerType = Literal["full_attention", "sliding_attention", "chunked_attention"]
 
@@ -93,7 +95,7 @@ class MoEConfig:
             f"{self.num_experts // self.n_group * self.topk_group} experts; raise topk_group",
         )
         require(
-            self.n_group == 1 or self.router in ("softmax_topk", "sigmoid_topk"),
+            self.n_group == 1 or self.router in SCORE_ROUTERS,
             f"n_group is {self.n_group}, but the router {self.router} does not choose by group; set n_group = 1",
         )
         require(
@@ -102,7 +104,7 @@ class MoEConfig:
             "groups leave 1; set group_score = 'max'",
         )
         require(
-            not self.has_expert_bias or self.router in ("softmax_topk", "sigmoid_topk"),
+            not self.has_expert_bias or self.router in SCORE_ROUTERS,
             f"expert_bias is set, but the router {self.router} has none; use softmax_topk or sigmoid_topk",
         )
         require(
@@ -121,7 +123,7 @@ class MoEConfig:
     @property
     def has_constant_weights(self) -> bool:
         """Whether the one weight of every token is 1, so that no gradient reaches the router."""
-        divided_by_itself = self.norm_topk_prob and self.router in ("softmax_topk", "sigmoid_topk")
+        divided_by_itself = self.norm_topk_prob and self.router in SCORE_ROUTERS
         return self.num_experts_per_tok == 1 and (divided_by_itself or self.router == "topk_softmax")
 
     @property
@@ -161,17 +163,25 @@ class RopeScaling:
     """`dynamic` of Hunyuan: multiplies the base once and for all."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
-            "low_freq_factor", "high_freq_factor", "short_mscale", "long_mscale", "alpha",
+        require_positive(self, "original_max_position_embeddings")
+        # Far beyond these bounds single numbers leave float32, and tables of cos and sin become NaN.
+        require_between(
+            self, 1e-6, 1e6, "factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor",
+            "high_freq_factor", "short_mscale", "long_mscale", "alpha",
         )  # fmt: skip
+        require_between(self, 0, 1e6, "mscale", "mscale_all_dim")
+        require(
+            self.low_freq_factor <= self.high_freq_factor,
+            f"low_freq_factor is {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}; "
+            "the first must not be the larger",
+        )
         has_factor = self.factor is not None or self.alpha is not None or self.rope_type == "longrope"
         require(has_factor, f"rope scaling {self.rope_type} needs a factor; set rope_scaling.factor")
         for name in ("short_factor", "long_factor"):
             values = getattr(self, name)
             require(
-                bool(values) == (self.rope_type == "longrope") and all(0 < value < 1e9 for value in values),
-                f"{name} is {values}; longrope, and nothing else, needs a list of numbers above 0",
+                bool(values) == (self.rope_type == "longrope") and all(1e-6 <= value <= 1e6 for value in values),
+                f"{name} is {values}; longrope, and nothing else, needs a list of numbers between 1e-06 and 1e+06",
             )
 
 
@@ -279,6 +289,7 @@ class ModelConfig:
             "residual_multiplier", "logits_scaling",
         )  # fmt: skip
         require_not_negative(self, "intermediate_size", "initializer_range", "attn_scale")
+        require_between(self, 0.0, 1.0, "partial_rotary_factor")
         self._check_attention()
         self._check_layers()
         require(
@@ -306,8 +317,11 @@ class ModelConfig:
             self.norm == "layer" or not self.norm_bias,
             "norm_bias needs norm = 'layer': RMSNorm has no bias",
         )
+        require(1 < self.rope_theta < 1e30, f"rope_theta is {self.rope_theta}; it must lie above 1 and below 1e30")
         scaling = self.rope_scaling
         if scaling is not None and scaling.rope_type == "longrope":
+            original = scaling.original_max_position_embeddings or self.max_position_embeddings
+            require(original > 1, f"longrope stretches a context of {original} tokens; it must hold 2 or more")
             lengths = {len(scaling.short_factor), len(scaling.long_factor)}
             require(
                 lengths == {self.rotary_dim // 2},

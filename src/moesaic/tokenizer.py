@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import re
 import shlex
 import threading
@@ -123,7 +124,8 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
         directory.mkdir(parents=True, exist_ok=True)
-        self._rust.save(str(directory / "tokenizer.json"))
+        # Not the library's own save, which raises bare Exception on a full disk.
+        (directory / "tokenizer.json").write_text(self._rust.to_str(pretty=True), encoding="utf-8")
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         if self.eos_id is not None:
             settings["eos_token"] = self._rust.id_to_token(self.eos_id)
@@ -261,7 +263,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     import tokenizers
 
-    file = _find_tokenizer_file(Path(path).expanduser())
+    file = _find_tokenizer_file(Path(os.path.expanduser(path)))
     text = read_text(file, _MAX_TOKENIZER_BYTES)
     try:
         rust = tokenizers.Tokenizer.from_str(text)
@@ -312,6 +314,8 @@ def _find_tokenizer_file(path: Path) -> Path:
             f"{path} has {other} but no tokenizer.json, the one form that is read; make it of the other with: "
             f"pip install transformers sentencepiece && python -c {shlex.quote(script)} {shlex.quote(str(path))}"
         )
+    if path.is_dir():
+        raise UsageError(f"{path} holds no tokenizer.json; copy there the one that belongs to the model")
     raise UsageError(f"no tokenizer at {path}; name `bytes`, `bpe:2048`, a tokenizer.json or a directory with one")
 
 

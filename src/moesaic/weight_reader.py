@@ -106,13 +106,16 @@ class SafetensorsFile:
         try:
             # Without O_NONBLOCK, opening a pipe in the place of a file waits for ever.
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError as error:
+            raise MoesaicError(f"{path} is missing; download or copy it again") from error
         except OSError as error:
             raise _unreadable(path, error.strerror or str(error)) from error
         try:
             self.entries = self._read_header()
         except (OSError, SafetensorError, ValueError, RecursionError) as error:
+            size = os.fstat(self._descriptor).st_size
             self.close()
-            raise _unreadable(path, str(error)) from error
+            raise _unreadable(path, f"{error}; it holds {size:,} bytes; download or copy it again") from error
 
     def close(self) -> None:
         os.close(self._descriptor)

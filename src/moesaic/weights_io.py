@@ -84,7 +84,7 @@ def remove_abandoned(parent: Path) -> None:
     for leftover in [*parent.glob(f".*{WRITING}*"), *parent.glob(f".*{REPLACED}*")]:
         try:
             descriptor = os.open(leftover, os.O_RDONLY)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # gone meanwhile, or somebody else's
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,9 +147,13 @@ def _write_error(target: Path, error: OSError, bytes_needed: int) -> MoesaicErro
     if error.errno not in DISK_FULL:
         return MoesaicError(f"cannot write {target}: {error.strerror or error}; choose a directory that you may write")
     free = shutil.disk_usage(next(parent for parent in target.absolute().parents if parent.exists())).free
+    short = bytes_needed - free
+    fix = (
+        f"free at least {short:,} bytes or choose another disk" if short > 0 else "raise the limit on files or disk use"
+    )
     return MoesaicError(
         f"cannot write {target}: {str(error.strerror).lower()}, {bytes_needed:,} bytes needed and {free:,} free; "
-        f"nothing was changed; free at least {max(bytes_needed - free, 0):,} bytes or choose another disk"
+        f"nothing was changed; {fix}"
     )
 
 

@@ -1,6 +1,7 @@
 """Doors of loading: what does not fit is named, types are kept, runs load their newest good state."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -77,6 +78,8 @@ def test_dtype_of_bfloat16_models(tmp_path: Path, stored: str, router: torch.dty
         torch.testing.assert_close(tensor.float(), exact[name], rtol=2**-8, atol=0)
     assert torch.isfinite(model(random_tokens())).all()
     assert load(tmp_path, dtype="float32").embed_tokens.weight.dtype == torch.float32
+    edit_config(tmp_path, dtype=None)
+    assert load(tmp_path).embed_tokens.weight.dtype == getattr(torch, stored)
 
 
 def test_generation_config_says_where_to_stop(tmp_path: Path) -> None:
@@ -149,6 +152,15 @@ def test_absurd_sizes_are_refused_before_anything_is_made(
     with pytest.raises(MoesaicError, match=message):
         load(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+
+
+def test_a_refused_directory_leaves_no_file_open(tmp_path: Path) -> None:
+    save_hf_model(FAMILY_CASES["llama"], tmp_path)
+    edit_config(tmp_path, vocab_size=10**7)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(MoesaicError, match="promises"):
+        load(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_wrong_dtype_and_device_are_wrong_requests(tmp_path: Path) -> None:

@@ -73,6 +73,8 @@ def test_unknown_paths_suggest_the_nearest(tmp_path: Path, monkeypatch: pytest.M
         resolve_model("rums")
     with pytest.raises(UsageError, match="nowhere does not exist"):
         resolve_model("./nowhere/model")
+    with pytest.raises(UsageError, match="~nobody-of-that-name is neither"):
+        resolve_model("~nobody-of-that-name")
     with pytest.raises(UsageError, match="runs/file is a file"):
         resolve_model("runs/file")
 

@@ -169,6 +169,15 @@ def test_what_a_family_cannot_say_is_refused_by_name(
     assert os.listdir(tmp_path) == []
 
 
+def test_what_means_nothing_to_a_router_does_not_keep_it_from_its_family(tmp_path: Path) -> None:
+    config = CONFIGS["softmax"]
+    assert config.moe is not None
+    moe = replace(config.moe, router="topk_softmax", norm_topk_prob=False, swiglu_limit=3.0)
+    model = random_model(replace(config, qk_norm="none", moe=moe))
+    assert export_model(model, None, tmp_path / "out") == "granitemoe"
+    assert logit_difference(model, load_theirs(tmp_path / "out")) < 1e-4
+
+
 def test_existing_directories_are_not_overwritten(tmp_path: Path) -> None:
     model = random_model(CONFIGS["dense"])
     (tmp_path / "thesis").mkdir()

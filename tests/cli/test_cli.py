@@ -70,7 +70,7 @@ def assert_refused(result: "subprocess.CompletedProcess[str]", code: int, *words
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with text.txt, config.toml and a finished run."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "text.txt").write_text("\n\n".join(f"line {number} of a text\n" * 4 for number in range(400)))
@@ -86,8 +86,8 @@ def newest(run: Path) -> Path:
     return max((run / "states").glob("step-*"))
 
 
-def test_generate_prints_text_or_json_and_greedy_repeats(workplace: Path) -> None:
-    arguments = ("generate", workplace / "run", "--prompt", "line 7", "--max_tokens", "12", "--temperature", "0")
+def test_generate_prints_text_or_json_and_greedy_repeats(trained: Path) -> None:
+    arguments = ("generate", trained / "run", "--prompt", "line 7", "--max_tokens", "12", "--temperature", "0")
     plain, as_json = moesaic(*arguments), moesaic(*arguments, "--json")
     report = json.loads(as_json.stdout)
     assert plain.stdout == report["text"] + "\n"
@@ -97,21 +97,21 @@ def test_generate_prints_text_or_json_and_greedy_repeats(workplace: Path) -> Non
     assert report["decode_tokens_per_second"] > 0
     assert report["peak_bytes"] > 2**20
     alias = moesaic(
-        "generate", workplace / "run", "--prompt", "-", "--max-new-tokens=12", "--temperature=0", stdin="line 7"
+        "generate", trained / "run", "--prompt", "-", "--max-new-tokens=12", "--temperature=0", stdin="line 7"
     )
     assert alias.stdout == plain.stdout
 
 
-def test_eval_reports_perplexity_bits_per_byte_and_balance(workplace: Path) -> None:
+def test_eval_reports_perplexity_bits_per_byte_and_balance(trained: Path) -> None:
     """Against transformers-free arithmetic: the model's own log-likelihood of the same windows."""
     import torch
 
     import moesaic as package
 
-    arguments = ("eval", workplace / "run", "--data", workplace / "text.txt", "--sequence-length", "50")
+    arguments = ("eval", trained / "run", "--data", trained / "text.txt", "--sequence-length", "50")
     report = json.loads(moesaic(*arguments, "--json").stdout)
-    model, tokenizer = package.load(workplace / "run"), package.load_tokenizer(workplace / "run")
-    ids = torch.tensor(tokenizer.encode((workplace / "text.txt").read_text()))
+    model, tokenizer = package.load(trained / "run"), package.load_tokenizer(trained / "run")
+    ids = torch.tensor(tokenizer.encode((trained / "text.txt").read_text()))
     windows = ids[: (len(ids) - 1) // 50 * 50].view(-1, 50)
     targets = ids[1 : windows.numel() + 1].view(-1, 50)
     with torch.no_grad():
@@ -123,26 +123,26 @@ def test_eval_reports_perplexity_bits_per_byte_and_balance(workplace: Path) -> N
     assert "bits per byte" in moesaic(*arguments).stdout
 
 
-def test_export_opens_in_transformers_and_generates_the_same(workplace: Path) -> None:
+def test_export_opens_in_transformers_and_generates_the_same(trained: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import moesaic as package
 
-    result = moesaic("export", workplace / "run", workplace / "hf")
+    result = moesaic("export", trained / "run", trained / "hf")
     assert "glm4_moe" in result.stdout, result.stderr
-    theirs = AutoModelForCausalLM.from_pretrained(workplace / "hf", dtype=torch.float32)
-    ids = AutoTokenizer.from_pretrained(workplace / "hf")("line 9 of", return_tensors="pt").input_ids
-    ours, again = package.load(workplace / "run"), package.load(workplace / "hf")
+    theirs = AutoModelForCausalLM.from_pretrained(trained / "hf", dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(trained / "hf")("line 9 of", return_tensors="pt").input_ids
+    ours, again = package.load(trained / "run"), package.load(trained / "hf")
     with torch.no_grad():
         assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
         assert torch.equal(again(ids), ours(ids))
-    assert_refused(moesaic("export", workplace / "run", workplace / "hf"), 2, "not empty")
+    assert_refused(moesaic("export", trained / "run", trained / "hf"), 2, "not empty")
 
 
-def test_chat_continues_and_ends_with_its_input(workplace: Path) -> None:
+def test_chat_continues_and_ends_with_its_input(trained: Path) -> None:
     result = moesaic(
-        "chat", workplace / "run", "--max-tokens", "8", stdin="line 1\n/clear\n\nline 2\n/quit\nnever read\n"
+        "chat", trained / "run", "--max-tokens", "8", stdin="line 1\n/clear\n\nline 2\n/quit\nnever read\n"
     )
     assert result.returncode == 0, result.stderr
     assert "no chat template" in result.stdout
@@ -200,16 +200,16 @@ REFUSALS: list[tuple[list[str], int, list[str]]] = [
 
 
 @pytest.mark.parametrize(("arguments", "code", "words"), REFUSALS, ids=[" ".join(row[0]) for row in REFUSALS])
-def test_mistakes_get_one_line(workplace: Path, arguments: list[str], code: int, words: list[str]) -> None:
-    (workplace / "empty.txt").write_text("")
-    (workplace / "short.txt").write_text("too short")
-    (workplace / "latin1.txt").write_bytes("caf\xe9 ".encode("latin-1") * 100)
-    names = {"folder": workplace, "run": workplace / "run", "config": workplace / "config.toml"}
+def test_mistakes_get_one_line(trained: Path, arguments: list[str], code: int, words: list[str]) -> None:
+    (trained / "empty.txt").write_text("")
+    (trained / "short.txt").write_text("too short")
+    (trained / "latin1.txt").write_bytes("caf\xe9 ".encode("latin-1") * 100)
+    names = {"folder": trained, "run": trained / "run", "config": trained / "config.toml"}
     assert_refused(moesaic(*(argument.format(**names) for argument in arguments)), code, *words)
 
 
-def test_ctrl_c_saves_and_resume_goes_on_bitwise(workplace: Path) -> None:
-    config, run = workplace / "config.toml", workplace / "interrupted"
+def test_ctrl_c_saves_and_resume_goes_on_bitwise(trained: Path) -> None:
+    config, run = trained / "config.toml", trained / "interrupted"
     with start("train", config, "--out", run, "--steps", "200", "--checkpoint.save-every", "1000") as process:
         metrics = run / "metrics.jsonl"
         while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 5):
@@ -220,24 +220,24 @@ def test_ctrl_c_saves_and_resume_goes_on_bitwise(workplace: Path) -> None:
     printed = shlex.split(out.split("go on with: ")[1].split("-m moesaic ")[1])
     assert 0 < int(newest(run).name[5:]) < 200
     assert moesaic(*printed).returncode == 0
-    moesaic("train", config, "--out", workplace / "whole", "--steps", "200", "--checkpoint.save-every", "1000")
+    moesaic("train", config, "--out", trained / "whole", "--steps", "200", "--checkpoint.save-every", "1000")
     for name in ("model.safetensors", "optimizer.safetensors", "random.safetensors"):
-        assert (newest(run) / name).read_bytes() == (newest(workplace / "whole") / name).read_bytes()
+        assert (newest(run) / name).read_bytes() == (newest(trained / "whole") / name).read_bytes()
 
 
-def test_a_damaged_state_is_said_and_an_older_one_used(workplace: Path, tmp_path: Path) -> None:
+def test_a_damaged_state_is_said_and_an_older_one_used(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(workplace / "run", run)
+    shutil.copytree(trained / "run", run)
     damaged = newest(run) / "optimizer.safetensors"
     content = bytearray(damaged.read_bytes())
     content[random.randrange(len(content))] ^= 1 << random.randrange(8)
     damaged.write_bytes(content)
-    result = moesaic("train", workplace / "config.toml", "--out", run, "--resume")
+    result = moesaic("train", trained / "config.toml", "--out", run, "--resume")
     assert result.returncode == 0, result.stderr
     assert "damaged" in result.stdout
     assert "going back to step 18" in result.stdout
     for name in ("model.safetensors", "optimizer.safetensors"):
-        assert (newest(run) / name).read_bytes() == (newest(workplace / "run") / name).read_bytes()
+        assert (newest(run) / name).read_bytes() == (newest(trained / "run") / name).read_bytes()
 
 
 def test_twenty_sigkills_at_random_moments_end_in_the_undisturbed_state() -> None:

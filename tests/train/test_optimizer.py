@@ -1,5 +1,7 @@
 """Muon against torch.optim.Muon and a plain computation; parameter roles; saving of moments. E experts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -106,6 +108,15 @@ def test_every_parameter_has_a_role() -> None:
     for other in ("feed_forward.router.weight", "attention.q_norm.weight", "feed_forward_norm.weight"):
         assert roles[f"layers.0.{other}"] == "other"
     assert roles["lm_head.weight"] == "other"
+
+
+def test_biases_of_experts_and_the_gate_of_shared_experts_are_no_matrices() -> None:
+    assert CONFIG.moe is not None
+    moe = replace(CONFIG.moe, projection_bias=True, router_bias=True, n_shared_experts=1, shared_expert_gate=True)
+    model = Transformer(replace(CONFIG, moe=moe))
+    roles = {name: role_of(name, parameter) for name, parameter in model.named_parameters()}
+    for other in ("experts.gate_up_bias", "experts.down_bias", "router.bias", "shared_expert_gate.weight"):
+        assert roles[f"layers.1.feed_forward.{other}"] == "other"
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -18,6 +18,7 @@ from moesaic.checkpoint.resolve import CONFIG
 from moesaic.config import ModelConfig
 from moesaic.errors import MoesaicError
 from moesaic.ops import DTYPES
+from moesaic.ops.device import memory_bytes
 from moesaic.weight_reader import WeightDirectory, fill
 from moesaic.weights_io import read_json
 
@@ -43,8 +44,12 @@ class HFDirectory:
         except MoesaicError as error:
             raise MoesaicError(f"{directory}: {error}") from error
         self.weights = UnpackedWeights(WeightDirectory(directory), self._values.get("quantization_config"))
-        self._check_size()  # before anything is made that is as large as the config says
-        self.layout: Layout = self.family.layout(self.config)
+        try:
+            self._check_size()  # before anything is made that is as large as the config says
+            self.layout: Layout = self.family.layout(self.config)
+        except BaseException:
+            self.weights.__exit__()
+            raise
 
     def __enter__(self) -> "HFDirectory":
         return self
@@ -54,8 +59,11 @@ class HFDirectory:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What config.json says the weights are; float16 is read as float32."""
-        name = self._values.get("dtype") or self._values.get("torch_dtype") or "float32"
+        """What config.json says the weights are, else what the embedding is stored as; float16 is read as float32."""
+        name = self._values.get("dtype") or self._values.get("torch_dtype")
+        if name is None:
+            stored = self.weights.dtype(self.layout.tensors[0][0][0].name)
+            return stored if stored in DTYPES.values() else torch.float32
         dtypes = DTYPES | {"float16": torch.float32}
         if not isinstance(name, str) or name not in dtypes:
             raise MoesaicError(f"config.json: dtype = {name!r} is not supported, only {', '.join(dtypes)}")
@@ -63,6 +71,8 @@ class HFDirectory:
 
     def allocate(self, like: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Empty tensors like those of a model on the meta device, in the type that each will have.
+
+        Raises MoesaicError when this machine's memory cannot hold them.
 
         The selection bias is always float32; routers never lose precision, because near ties would flip.
         """
@@ -72,10 +82,14 @@ class HFDirectory:
             for region in stored.regions
             if region.ours.endswith(ROUTER_TENSORS)
         }
-        return {
-            name: torch.empty(tensor.shape, dtype=final_dtype(name, stored_as.get(name, dtype), dtype), device=device)
-            for name, tensor in like.items()
-        }
+        dtypes = {name: final_dtype(name, stored_as.get(name, dtype), dtype) for name in like}
+        needed = sum(tensor.numel() * dtypes[name].itemsize for name, tensor in like.items())
+        if device.type == "cpu" and needed > memory_bytes():
+            raise MoesaicError(
+                f"{self.directory}: the model takes {needed / 2**30:.1f} GiB as {dtype} and this machine has "
+                f"{memory_bytes() / 2**30:.1f} GiB; take a smaller type or a smaller model"
+            )
+        return {name: torch.empty(tensor.shape, dtype=dtypes[name], device=device) for name, tensor in like.items()}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Reads `tensors`, a model's state or whole layers of it, from disk into the memory that they have."""

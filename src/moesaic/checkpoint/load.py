@@ -24,7 +24,7 @@ from moesaic.tokenizer import load_tokenizer as read_tokenizer
 def load(
     path: str | Path,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str = "auto",
     quantization: str | None = None,
     memory: str | None = None,
@@ -35,7 +35,8 @@ def load(
     """The model that MODEL (a run directory, a Hugging Face directory or a hub id) names, ready to run.
 
     Args:
-        dtype: `auto` is float32 for a run and what config.json says for a Hugging Face directory (float16 is read as
+        dtype: `float32` or `bfloat16`, by name or as torch's; `auto` is float32 for a run and what config.json says for
+            a Hugging Face directory, or, where it says nothing, what the weights are stored as (float16 is read as
             float32). Routers keep float32 weights when they are stored so.
         device: `auto` is cuda where there is one.
         quantization, memory: not there yet; anything but None is refused.
@@ -47,6 +48,7 @@ def load(
     Raises UsageError for an unknown MODEL, revision, dtype or device, MoesaicError for files without the model they
     promise and for a hub that cannot be reached.
     """
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is not known; choose auto, {' or '.join(DTYPES)}")
     for name, value in (("quantization", quantization), ("memory", memory)):

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ def resolve_model(path: str | Path, revision: str | None = None, offline: bool =
     Raises UsageError when `path` is none of the three, MoesaicError when the hub cannot be reached, or when the model
     is not in the local cache and `offline` is set.
     """
-    directory = Path(path).expanduser()
+    directory = Path(os.path.expanduser(path))  # leaves ~nobody as it is, where Path.expanduser raises RuntimeError
     if directory.is_dir():
         if revision is not None:
             raise UsageError(f"{path} is a directory here, which has no revision {revision}; leave the revision out")

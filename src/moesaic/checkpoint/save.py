@@ -44,7 +44,9 @@ def export_model(
 
 
 def require_new(directory: Path) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} exists and is not a directory; name a new one")
+    if directory.exists() and any(directory.iterdir()):
         raise UsageError(f"{directory} exists and is not empty; name a new directory, or remove it: rm -r {directory}")
 
 

@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moesaic.checkpoint.families import FAMILIES
+from moesaic.checkpoint.families import family_for_export
 from moesaic.checkpoint.families.family import Family
 from moesaic.checkpoint.families.layout import Region, Shape, StoredTensor
 from moesaic.checkpoint.hf_directory import HFDirectory
@@ -38,7 +38,7 @@ from moesaic.checkpoint.resolve import ModelSource, require_weights, resolve_mod
 from moesaic.checkpoint.save import plan, require_new, with_eos_of, write_configs
 from moesaic.checks import require, require_not_negative, require_positive, require_seed
 from moesaic.config import ModelConfig, MoEConfig
-from moesaic.errors import UsageError
+from moesaic.errors import MoesaicError, UsageError
 from moesaic.model.transformer import Transformer
 from moesaic.ops import DTYPES
 from moesaic.weights_io import PlannedTensor, atomic_directory, write_sharded
@@ -154,21 +154,10 @@ def sparse_config(dense: ModelConfig, how: Upcycling) -> tuple[ModelConfig, Fami
         projection_bias=dense.mlp_bias,
     )
     config = replace(dense, moe=moe, mlp_bias=False, model_type="")
-    lost: dict[str, list[str]] = {}
-    for smallest_norm in (moe.norm_topk_min, 0.0):  # families differ in it; K of E probabilities are never that small
-        config = replace(config, moe=replace(moe, norm_topk_min=smallest_norm))
-        for family in FAMILIES.values():
-            if not family.sparse:
-                continue
-            _, differences = family.try_to_write(config)
-            if not differences:
-                return config, family
-            lost[family.model_type] = min(differences, lost.get(family.model_type, differences), key=len)
-    nearest = min(lost, key=lambda family: len(lost[family]))
-    raise UsageError(
-        f"{name} cannot be upcycled: no sparse Hugging Face family has its kind of decoder; the nearest is {nearest}, "
-        f"in which {'; '.join(lost[nearest])}"
-    )
+    try:
+        return config, family_for_export(config)
+    except MoesaicError as error:
+        raise UsageError(f"{name} cannot be upcycled: {error}") from error
 
 
 @dataclass(frozen=True)

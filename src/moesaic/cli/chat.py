@@ -39,12 +39,12 @@ def chat(model: str, /, *, loading: ModelOptions = _MODEL, sampling: SamplingOpt
             console.print(f"{line} is not a command; there are /clear and /quit", style="red", markup=False)
             continue
         messages.append({"role": "user", "content": line})
-        if tokenizer.has_chat_template:
-            prompt_ids = tokenizer.encode(tokenizer.apply_chat_template(messages), parse_special_tokens=True)
-        else:
-            prompt_ids = tokenizer.encode(line, add_special_tokens=True)
         generation = Generation(prompt_tokens=0)
         try:
+            if tokenizer.has_chat_template:
+                prompt_ids = tokenizer.encode(tokenizer.apply_chat_template(messages), parse_special_tokens=True)
+            else:
+                prompt_ids = tokenizer.encode(line, add_special_tokens=True)
             for piece in stream(transformer, tokenizer, prompt_ids, config, generation):
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:

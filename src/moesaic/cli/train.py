@@ -40,6 +40,7 @@ def train(
     run_directory = out or _default_directory(config)
 
     # Imported late: the errors above should not wait for torch.
+    from moesaic.checkpoint.families import has_family
     from moesaic.train.run import run_training
     from moesaic.train.screen import Screen
 
@@ -59,9 +60,10 @@ def train(
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
         return 130
+    export = f"\n  {this_command()} export {run_directory} {run_directory}-hf"
     console.print(
-        f"done: {run_directory}\n  {this_command()} generate {run_directory} --prompt 'def '\n"
-        f"  {this_command()} export {run_directory} {run_directory}-hf",
+        f"done: {run_directory}\n  {this_command()} generate {run_directory} --prompt 'def '"
+        f"{export if has_family(train_config.model) else ''}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
     return 0

@@ -13,6 +13,8 @@ from moesaic.cli.options import progress_bars, this_command
 if TYPE_CHECKING:
     from moesaic.checkpoint.upcycle import Upcycled
 
+ONE_WEIGHT = "the one weight of every token is 1, so no gradient reaches the routers; with --top-k 2 they can learn\n"
+
 
 def upcycle(
     dense: str,
@@ -78,6 +80,7 @@ def _report(made: "Upcycled", out: Path) -> str:
     before, after = count_parameters(made.dense), count_parameters(made.sparse)
     return (
         f"wrote {out} as {made.family}, {experts} experts a layer, {top_k} a token\n"
+        f"{ONE_WEIGHT if made.sparse.moe.has_constant_weights else ''}"
         f"  parameters       {before.total:>17,} -> {after.total:,}\n"
         f"  active per token {before.active:>17,} -> {after.active:,}\n"
         f"  {this_command()} generate {shlex.quote(str(out))} --prompt 'def '"

@@ -111,7 +111,7 @@ def peak_bytes() -> int:
 def _require_room(model: Transformer, prompt_tokens: int, max_tokens: int) -> None:
     positions = model.config.max_position_embeddings
     if prompt_tokens == 0:
-        raise UsageError("the prompt is empty; give at least one token of text with --prompt")
+        raise UsageError("the prompt is empty; give at least one token of text")
     if prompt_tokens + max_tokens > positions:
         room = positions - prompt_tokens
         fix = f"lower --max-tokens to {room}" if room > 0 else "shorten the prompt"

@@ -99,7 +99,7 @@ def _llama3(frequencies: Tensor, config: ModelConfig, scaling: RopeScaling, posi
     """Llama 3.1 (arXiv 2407.21783): as YaRN, but blended by the number of turns, and cos and sin stay."""
     turns = frequencies * _original_length(config, scaling) / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    kept = ((turns - low) / max(high - low, 1e-6)).clamp(0, 1)  # in Llama 4 the two are equal
     return frequencies * kept + frequencies / scaling_factor(config, scaling) * (1 - kept), 1.0
 
 

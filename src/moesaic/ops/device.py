@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -78,3 +79,8 @@ def measured_matmul_peak(device: str, dtype: torch.dtype, size: int = 1536, seco
         best = min(best, now - start)
         if now > stop:
             return 2 * size**3 / best
+
+
+def memory_bytes() -> int:
+    """Main memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

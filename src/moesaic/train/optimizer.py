@@ -13,6 +13,8 @@ from torch.optim import AdamW, Optimizer
 from moesaic.config import OptimizerConfig
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_NO_MATRICES = ("router.weight", "shared_expert_gate.weight", "gate_up_bias", "down_bias", "lm_head.weight")
+"""Of two dimensions, and yet neither orthogonalised nor decayed: rows that score, and a bias per expert."""
 
 
 class Muon(Optimizer):
@@ -100,7 +102,7 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
 
 def role_of(name: str, parameter: Tensor) -> str:
     """How a parameter is treated: as gate_up, feed_forward or attention matrix, as embedding, or as other."""
-    if parameter.ndim == 1 or name.endswith("router.weight") or name == "lm_head.weight":
+    if parameter.ndim == 1 or name.endswith(_NO_MATRICES):
         return "other"
     if name == "embed_tokens.weight":
         return "embedding"

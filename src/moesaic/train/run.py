@@ -13,13 +13,14 @@ from types import FrameType
 import torch
 
 from moesaic.accounting import weight_bytes
+from moesaic.checkpoint.families import family_for_export
 from moesaic.checkpoint.run_state import RunState, list_steps, newest_run_state
 from moesaic.config import TrainConfig
 from moesaic.config_io import from_mapping, write_run_config
-from moesaic.errors import UsageError
+from moesaic.errors import MoesaicError, UsageError
 from moesaic.model.transformer import Transformer
 from moesaic.ops import DTYPES, ExpertShape, pick
-from moesaic.ops.device import cpu_set_up_for_training, resolve_device
+from moesaic.ops.device import cpu_set_up_for_training, memory_bytes, resolve_device
 from moesaic.tokenizer import Tokenizer
 from moesaic.train.data import PreparedData, Progress, prepare_data
 from moesaic.train.screen import Screen
@@ -85,10 +86,15 @@ def _title(run_directory: Path, config: TrainConfig) -> str:
 def _advice(config: TrainConfig) -> list[str]:
     """What a person would want to know before the run, although it is allowed."""
     moe, balance = config.model.moe, config.balance
-    if moe is None or balance.aux_loss_coef or balance.bias_update_rate:
-        return []
-    fix = "bias_update_rate = 0.01" if moe.router == "sigmoid_topk" else "aux_loss_coef = 0.01"
-    return [f"nothing balances the load, so experts may die; set balance.{fix}"]
+    advice = []
+    if moe is not None and not balance.aux_loss_coef and not balance.bias_update_rate:
+        fix = "bias_update_rate = 0.01" if moe.has_expert_bias else "aux_loss_coef = 0.01"
+        advice.append(f"nothing balances the load, so experts may die; set balance.{fix}")
+    try:
+        family_for_export(config.model)
+    except MoesaicError as error:
+        advice.append(str(error))
+    return advice
 
 
 def _build_model(config: TrainConfig, device: torch.device) -> Transformer:
@@ -100,13 +106,18 @@ def _build_model(config: TrainConfig, device: torch.device) -> Transformer:
 
 def _require_possible(config: TrainConfig, device: torch.device) -> None:
     """Refuse, before anything is written, what would fail at the first step."""
+    if config.model.model_type:
+        try:
+            family_for_export(config.model)
+        except MoesaicError as error:
+            raise UsageError(f"model.model_type: {error}; change the model, or leave model_type out") from error
     moe = config.model.moe
     if moe is not None:
         shape = (config.model.hidden_size, moe.moe_intermediate_size, device.type, DTYPES[config.dtype])
         pick(config.backend, ExpertShape(*shape, activation=moe.activation, has_bias=moe.projection_bias))
     # Parameters, gradients and two moments in float32; activations come on top.
     needed = 4 * weight_bytes(config.model, "float32")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = memory_bytes()
     if device.type == "cpu" and needed > memory:
         raise UsageError(
             f"training this model takes at least {needed / 2**30:.1f} GiB and this machine has "

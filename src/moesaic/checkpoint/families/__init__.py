@@ -73,11 +73,21 @@ def family_of(model_type: object) -> Family:
     known = FAMILIES | LANGUAGE_MODELS | SAME_FORM
     if isinstance(model_type, str) and model_type in known:
         return known[model_type]
-    nearest = difflib.get_close_matches(str(model_type)[:100], known, n=1, cutoff=0.3)
-    hint = f"the nearest that is, is {nearest[0]}; " if nearest else ""
+    nearest = difflib.get_close_matches(str(model_type)[:100], known, n=1, cutoff=0.6)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
     raise MoesaicError(
-        f"model_type {str(model_type)[:100]!r} is not supported; {hint}the families read here are {', '.join(known)}"
+        f"model_type {str(model_type)[:100]!r} is not supported; {hint}"
+        f"The families read here are {', '.join(sorted(known))}"
     )
+
+
+def has_family(config: ModelConfig) -> bool:
+    """Whether the model can be exported."""
+    try:
+        family_for_export(config)
+    except MoesaicError:
+        return False
+    return True
 
 
 def family_for_export(config: ModelConfig) -> Family:
@@ -96,6 +106,6 @@ def family_for_export(config: ModelConfig) -> Family:
                 return family
     nearest = min(lost, key=lambda name: len(lost[name]))
     raise MoesaicError(
-        f"no Hugging Face family can express this model, so it cannot be exported (it still trains and runs here); "
+        f"no Hugging Face family can express this model: it trains and runs here, but cannot be exported; "
         f"the nearest is {nearest}, in which {'; '.join(lost[nearest])}"
     )

@@ -9,6 +9,7 @@ from moesaic.checkpoint.families.keys import KeyPart, dense_layer_fields, dense_
 from moesaic.checkpoint.families.layout import Layout, decoder_layout
 from moesaic.config import MLAConfig, ModelConfig, MoEConfig
 from moesaic.errors import MoesaicError, UsageError
+from moesaic.model_config import SCORE_ROUTERS
 
 MAX_EXPERTS = 1_000_000
 """In all layers; a hostile config.json must not make us name more tensors than that."""
@@ -109,6 +110,8 @@ def _canonical(config: ModelConfig) -> ModelConfig:
     moe = config.moe
     if moe is not None:
         dense = {name.removeprefix("moe."): value for name, value in dense_layer_fields(dense_layers(config)).items()}
+        scores_all = moe.router in SCORE_ROUTERS
+        normalised = scores_all and moe.norm_topk_prob
         moe = replace(
             moe,
             **dense,
@@ -117,8 +120,11 @@ def _canonical(config: ModelConfig) -> ModelConfig:
             shared_expert_intermediate_size=moe.shared_intermediate_size,
             topk_group=moe.topk_group if moe.n_group > 1 else 1,
             group_score=moe.group_score if moe.n_group > 1 else "max",
-            norm_topk_min=moe.norm_topk_min if moe.norm_topk_prob else 0.0,
-            norm_topk_order=moe.norm_topk_order if moe.norm_topk_prob else 1.0,
+            norm_topk_prob=normalised or not scores_all,
+            norm_topk_min=moe.norm_topk_min if normalised else 0.0,
+            norm_topk_order=moe.norm_topk_order if normalised else 1.0,
+            swiglu_limit=moe.swiglu_limit if moe.activation == "clamped_swiglu" else 1.0,
+            swiglu_alpha=moe.swiglu_alpha if moe.activation == "clamped_swiglu" else 1.0,
             router_jitter_noise=moe.router_jitter_noise if moe.router == "sparsemixer" else 0.0,
         )
     return replace(

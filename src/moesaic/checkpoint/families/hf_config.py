@@ -50,12 +50,12 @@ class HFConfig:
             if value is REQUIRED:
                 raise MoesaicError(f"config.json of this {self.model_type} model has no {key}; add it")
             return value
+        if type(value) is int and kind in (int, float) and abs(value) > MAX_INTEGER:
+            raise MoesaicError(f"config.json: {key} is {shortened(value)}; no size of a model is that large")
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
             raise MoesaicError(f"config.json: {key} is {shortened(value)}; it must be of type {kind.__name__}")
-        if kind is int and abs(value) > MAX_INTEGER:
-            raise MoesaicError(f"config.json: {key} is {shortened(value)}; no size of a model is that large")
         return value
 
     def take_list(self, key: str, kind: type, default: Any = REQUIRED) -> Any:
@@ -80,6 +80,7 @@ class HFConfig:
         return MoesaicError(f"config.json: {key} = {value} is not supported for {self.model_type}, only {supported}")
 
     def finish(self) -> None:
+        """Refuses a key that nobody asked about, unless its value switches off what it names: null, false, 0, empty."""
         for key, value in self.values.items():
             if key not in self._seen and value not in (None, False, [], {}):
                 nearest = difflib.get_close_matches(key[:100], self._seen, n=1)

@@ -30,7 +30,7 @@ class RopeByWidth(Rope):
     """Published checkpoints say in rotary_dim how many dimensions of a head are turned."""
 
     def read(self, hf: HFConfig, fields: Fields) -> Fields:
-        head_dim = fields["head_dim"]
+        head_dim = max(fields["head_dim"], 1)  # smaller ones are refused when the config is made
         return Rope(self.default_theta, hf.take("rotary_dim", int, head_dim) / head_dim).read(hf, fields)
 
     def write(self, config: ModelConfig) -> dict[str, Any]:

@@ -82,8 +82,10 @@ class Rope:
 
 def _take(block: HFConfig, key: str) -> Any:
     if key.endswith(("short_factor", "long_factor")):
-        values = block.take(key, list, ())
-        return tuple(float(value) if type(value) is int else value for value in values)
+        values = tuple(block.take(key, list, ()))
+        if any(type(value) not in (int, float) for value in values):
+            raise block.unsupported(key, "a list of numbers")
+        return values
     if key == "truncate":
         return block.take(key, bool, None)
     if key == "original_max_position_embeddings":
