@@ -34,7 +34,10 @@ class Transformer(nn.Module):
         require_known(backend)
         self.config = config
         self.activation_checkpointing = False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # From an empty tensor: torch's own initialisation, on the meta device, imports its compiler for a second.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False
+        )
         self.layers = nn.ModuleList(Block(config, index, backend) for index in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         if not config.tie_word_embeddings:
