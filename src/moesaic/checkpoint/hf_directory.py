@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moesaic.accounting import count_parameters
 from moesaic.checkpoint.families import Family, family_of
+from moesaic.checkpoint.families.hf_config import shortened
 from moesaic.checkpoint.families.keys import token_ids
 from moesaic.checkpoint.families.layout import Layout, Shape, StoredTensor
 from moesaic.checkpoint.packed import UnpackedWeights
@@ -66,7 +67,9 @@ class HFDirectory:
             return stored if stored in DTYPES.values() else torch.float32
         dtypes = DTYPES | {"float16": torch.float32}
         if not isinstance(name, str) or name not in dtypes:
-            raise MoesaicError(f"config.json: dtype = {name!r} is not supported, only {', '.join(dtypes)}")
+            raise MoesaicError(
+                f"{self.directory}: config.json: dtype = {shortened(name)} is not supported, only {', '.join(dtypes)}"
+            )
         return dtypes[name]
 
     def allocate(self, like: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ def _load_run(source: ModelSource, dtype: torch.dtype | None, device: torch.devi
         warnings.warn(f"{source.directory}: {warning}", stacklevel=3)
     stored = state.load_tensors("model")
     # The config inside the state is under its checksums; RUN/config.json is only what started the run.
-    model = _empty_model(from_mapping(TrainConfig, state.value("config")).model, backend)
+    model = empty_model(from_mapping(TrainConfig, state.value("config")).model, backend)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in stored.items()}, state.directory)
     wanted = dtype or torch.float32
@@ -98,7 +98,7 @@ def _load_run(source: ModelSource, dtype: torch.dtype | None, device: torch.devi
 
 def _load_hf(source: ModelSource, dtype: torch.dtype | None, device: torch.device, backend: str) -> Transformer:
     with HFDirectory(source.directory) as stored:
-        model = _empty_model(stored.config, backend)
+        model = empty_model(stored.config, backend)
         stored.check(model.state_dict())
         tensors = stored.allocate(model.state_dict(), dtype or stored.dtype, device)
         stored.fill(tensors)
@@ -106,6 +106,7 @@ def _load_hf(source: ModelSource, dtype: torch.dtype | None, device: torch.devic
     return model
 
 
-def _empty_model(config: ModelConfig, backend: str) -> Transformer:
+def empty_model(config: ModelConfig, backend: str = "auto") -> Transformer:
+    """On the meta device: names, shapes and no memory."""
     with torch.device("meta"):
         return Transformer(config, backend)

@@ -33,13 +33,12 @@ from moesaic.checkpoint.families import family_for_export
 from moesaic.checkpoint.families.family import Family
 from moesaic.checkpoint.families.layout import Region, Shape, StoredTensor
 from moesaic.checkpoint.hf_directory import HFDirectory
-from moesaic.checkpoint.load import load, load_tokenizer
+from moesaic.checkpoint.load import empty_model, load, load_tokenizer
 from moesaic.checkpoint.resolve import ModelSource, require_weights, resolve_model
 from moesaic.checkpoint.save import plan, require_new, with_eos_of, write_configs
 from moesaic.checks import require, require_not_negative, require_positive, require_seed
 from moesaic.config import ModelConfig, MoEConfig
 from moesaic.errors import MoesaicError, UsageError
-from moesaic.model.transformer import Transformer
 from moesaic.ops import DTYPES
 from moesaic.weights_io import PlannedTensor, atomic_directory, write_sharded
 
@@ -125,8 +124,7 @@ def upcycle(
     require_weights(source, offline)
     with _open_dense(source, dtype) as dense:
         config, family = sparse_config(dense.config, how)
-        with torch.device("meta"):
-            like = Transformer(config).to(dense.dtype).state_dict()
+        like = empty_model(config).to(dense.dtype).state_dict()
         sparse = _SparseModel(dense, config, how, like)
         tensors = _reporting(plan(family.layout(config), like, sparse.stored), progress)
         with atomic_directory(directory, bytes_needed=sum(tensor.nbytes for tensor in tensors)) as temporary:
@@ -182,8 +180,7 @@ def _open_dense(source: ModelSource, dtype: str) -> Iterator[_Dense]:
         yield _Dense(config, model.embed_tokens.weight.dtype, list(state), lambda _: state, tokenizer.save)
         return
     with HFDirectory(source.directory) as stored:
-        with torch.device("meta"):
-            like = Transformer(stored.config).state_dict()
+        like = empty_model(stored.config).state_dict()
         stored.check(like)
         wanted = DTYPES.get(dtype) or stored.dtype
 
