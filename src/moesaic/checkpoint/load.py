@@ -22,7 +22,7 @@ from moesaic.tokenizer import load_tokenizer as read_tokenizer
 
 
 def load(
-    path: str | Path,
+    path: str | Path | ModelSource,
     *,
     dtype: str | torch.dtype = "auto",
     device: str = "auto",
@@ -63,7 +63,7 @@ def load(
     return read(source, DTYPES.get(dtype), target, backend).eval()
 
 
-def load_tokenizer(path: str | Path, *, offline: bool = False, revision: str | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path | ModelSource, *, offline: bool = False, revision: str | None = None) -> Tokenizer:
     """The tokenizer that belongs to MODEL; `offline` and `revision` as for `load`.
 
     Raises UsageError when there is none that can be read, MoesaicError when it is not the one that a run was trained

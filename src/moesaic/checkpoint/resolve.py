@@ -39,8 +39,9 @@ class ModelSource:
         return self.directory / CONFIG
 
 
-def resolve_model(path: str | Path, revision: str | None = None, offline: bool = False) -> ModelSource:
+def resolve_model(path: str | Path | ModelSource, revision: str | None = None, offline: bool = False) -> ModelSource:
     """Finds the directory of MODEL, downloading it when it is a hub id. Weights are only ever taken as safetensors.
+    What was found before is taken as it is: who loads several parts of a model asks the hub once.
 
     Args:
         revision: branch, tag or commit of a model on the hub; None is its main branch.
@@ -49,6 +50,8 @@ def resolve_model(path: str | Path, revision: str | None = None, offline: bool =
     Raises UsageError when `path` is none of the three, MoesaicError when the hub cannot be reached, or when the model
     is not in the local cache and `offline` is set.
     """
+    if isinstance(path, ModelSource):
+        return path
     directory = Path(os.path.expanduser(path))  # leaves ~nobody as it is, where Path.expanduser raises RuntimeError
     if directory.is_dir():
         if revision is not None:

@@ -40,16 +40,13 @@ class ModelOptions:
     def load(self, model: str) -> "tuple[Transformer, Tokenizer]":
         """MODEL and its tokenizer. torch is imported here, not by `--help`."""
         from moesaic.checkpoint.load import load, load_tokenizer
+        from moesaic.checkpoint.resolve import resolve_model
 
-        tokenizer = load_tokenizer(model, offline=self.offline, revision=self.revision)
+        source = resolve_model(model, self.revision, self.offline)
+        tokenizer = load_tokenizer(source)
         transformer = load(
-            model,
-            dtype=self.dtype,
-            device=self.device,
-            backend=self.backend,
-            offline=self.offline,
-            revision=self.revision,
-        )
+            source, dtype=self.dtype, device=self.device, backend=self.backend, offline=self.offline
+        )  # fmt: skip
         return transformer, tokenizer
 
 
