@@ -73,7 +73,7 @@ class Transformer(nn.Module):
         context = make_attention_context(self.config, positions, kv, plainly_causal=plainly_causal)
         padding_mask = None if implied_positions or bool((positions >= 0).all()) else positions >= 0
 
-        x_BLD = self.embed_tokens(tokens) * self.config.embedding_multiplier
+        x_BLD = self._embed(tokens)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled() and kv is None:
                 x_BLD, routing = _checkpointed(block, x_BLD, context, padding_mask)
@@ -98,10 +98,14 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoE]:
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoE)]
 
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x_BLD = self.embed_tokens(tokens)
+        # Not copied where nothing would change; nor are the logits below, the largest tensor of all.
+        return x_BLD if self.config.embedding_multiplier == 1.0 else x_BLD * self.config.embedding_multiplier
+
     def _logits(self, x: Tensor) -> Tensor:
         bias = None if self.config.tie_word_embeddings else self.lm_head.bias
         logits_BLV = nn.functional.linear(x, self.head_weight, bias)
-        # They are the largest tensor of all: not copied where nothing would change.
         return logits_BLV if self.config.logits_scaling == 1.0 else logits_BLV / self.config.logits_scaling
 
     @staticmethod
