@@ -1,10 +1,16 @@
 """Attention written out in float64, one query and one head at a time. B sequences, L positions, d head dim."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from moesaic.config import ModelConfig
 from moesaic.model.attention_context import make_attention_context
+
+LENGTH = 7
+PADDED = torch.stack([torch.cat([torch.full((2,), -1), torch.arange(5)]), torch.arange(LENGTH)])
+"""Positions of two sequences, the first of which begins with two tokens of padding."""
 
 
 def randomize(module: nn.Module) -> None:
@@ -24,6 +30,29 @@ def run(attention: nn.Module, config: ModelConfig, x: Tensor, positions: Tensor 
 
 def doubled(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().double().requires_grad_() for name, value in module.named_parameters()}
+
+
+def assert_equals_loop(
+    attention: nn.Module,
+    config: ModelConfig,
+    padded: bool,
+    loop: Callable[[dict[str, Tensor], Tensor, Tensor], Tensor],
+) -> None:
+    """Outputs and all gradients of layer 1 against `loop`, which takes float64 (weights, x, positions)."""
+    x = torch.randn(2, LENGTH, config.hidden_size)
+    positions = PADDED if padded else torch.arange(LENGTH).expand(2, LENGTH)
+    is_token = (positions >= 0).unsqueeze(-1)
+    weights, x64, probe = doubled(attention), x.double().requires_grad_(), torch.randn_like(x)
+    expected = loop(weights, x64, positions) * is_token
+    x.requires_grad_()
+    out = run(attention, config, x, PADDED if padded else None) * is_token
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    (expected * probe).sum().backward()
+    (out * probe).sum().backward()
+    ours = {"x": x, **dict(attention.named_parameters())}
+    for key, value in {"x": x64, **weights}.items():
+        assert value.grad is not None
+        torch.testing.assert_close(ours[key].grad.double(), value.grad, rtol=1e-3, atol=1e-3, msg=key)
 
 
 def rms(x: Tensor, eps: float, weight: Tensor | float = 1.0) -> Tensor:

@@ -14,7 +14,17 @@ from moesaic.model.attention_context import make_attention_context
 from moesaic.model.kv_cache import KVCache
 from moesaic.model.latent_attention import LatentAttention
 
-from .attention_oracle import attended, doubled, project, randomize, rms, run, turned
+from .attention_oracle import (
+    LENGTH,
+    PADDED,
+    assert_equals_loop,
+    attended,
+    project,
+    randomize,
+    rms,
+    run,
+    turned,
+)
 
 MLA = MLAConfig(kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=7, q_lora_rank=9)
 PLAIN = ModelConfig(
@@ -31,8 +41,6 @@ CONFIGS = {
     "no RoPE, growing queries": replace(PLAIN, nope_layers=(1,), attn_scale=0.4, floor_scale=2),
     "a latent so small that absorbing is always cheaper": replace(PLAIN, mla=replace(MLA, kv_lora_rank=2)),
 }
-LENGTH = 7
-PADDED = torch.stack([torch.cat([torch.full((2,), -1), torch.arange(5)]), torch.arange(LENGTH)])
 YARN = RopeScaling(
     rope_type="yarn", factor=40.0, original_max_position_embeddings=64, mscale=0.707, mscale_all_dim=0.9,
 )  # fmt: skip
@@ -73,21 +81,8 @@ def by_hand(weights: dict[str, Tensor], config: ModelConfig, x: Tensor, position
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_outputs_and_gradients_equal_the_loop(name: str, padded: bool) -> None:
-    config, x = CONFIGS[name], torch.randn(2, LENGTH, 21)
-    attention = build(config)
-    positions = PADDED if padded else torch.arange(LENGTH).expand(2, LENGTH)
-    is_token = (positions >= 0).unsqueeze(-1)
-    weights, x64, probe = doubled(attention), x.double().requires_grad_(), torch.randn(2, LENGTH, 21)
-    expected = by_hand(weights, config, x64, positions) * is_token
-    x.requires_grad_()
-    out = run(attention, config, x, PADDED if padded else None) * is_token
-    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
-    (expected * probe).sum().backward()
-    (out * probe).sum().backward()
-    ours = {"x": x, **dict(attention.named_parameters())}
-    for key, value in {"x": x64, **weights}.items():
-        assert value.grad is not None
-        torch.testing.assert_close(ours[key].grad.double(), value.grad, rtol=1e-3, atol=1e-3, msg=key)
+    config = CONFIGS[name]
+    assert_equals_loop(build(config), config, padded, lambda weights, x, at: by_hand(weights, config, x, at))
 
 
 @pytest.mark.parametrize("new", [1, 3, 20])
