@@ -18,7 +18,9 @@ from moesaic.accounting import (
 )
 from moesaic.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
 from moesaic.model.kv_cache import KVCache
+from moesaic.model.routers import ROUTERS
 from moesaic.model.transformer import Transformer
+from moesaic.moe_config import SCORE_ROUTERS, TOPK_ROUTERS, UNLEARNED_ROUTERS
 
 BASE = ModelConfig(
     vocab_size=1000, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
@@ -41,6 +43,10 @@ CONFIGS = {
         BASE, moe=replace(MOE, shared_expert_intermediate_size=40, shared_expert_gate=True, mlp_only_layers=(1, 2))
     ),
     "sigmoid router, tied": replace(BASE, moe=replace(MOE, router="sigmoid_topk"), tie_word_embeddings=True),
+    "expert choice": replace(BASE, moe=replace(MOE, router="expert_choice", capacity_factor=2.0)),
+    "noisy": replace(BASE, moe=replace(MOE, router="noisy_topk")),
+    "hash": replace(BASE, moe=replace(MOE, router="hash")),
+    "soft": replace(BASE, moe=replace(MOE, router="soft", slots_per_expert=3, n_shared_experts=1)),
     "latent attention": LATENT,
     "latent queries too": replace(LATENT, moe=MOE, mla=replace(LATENT.mla, q_lora_rank=20)),
 }  # fmt: skip
@@ -57,15 +63,23 @@ def pick(*values: object) -> object:
 
 def draw_moe(layers: int) -> MoEConfig:
     """Every field, within what MoEConfig allows."""
-    router = pick("softmax_topk", "topk_softmax", "sigmoid_topk", "topk_sigmoid_input", "sparsemixer")
-    by_score = router in ("softmax_topk", "sigmoid_topk")
+    router = pick(*ROUTERS, "soft")
+    by_score = router in SCORE_ROUTERS
+    linear = router not in (*UNLEARNED_ROUTERS, "soft")
     n_group = pick(1, 2, 4) if by_score else 1
+    has_free = router in TOPK_ROUTERS and n_group == 1
     shared = {"n_shared_experts": pick(0, 1, 3), "shared_expert_intermediate_size": pick(0, 5)}
     drawn = {
         "num_experts": pick(8, 16), "num_experts_per_tok": 2 if router == "sparsemixer" else pick(1, 2),
         "moe_intermediate_size": pick(4, 7), "router": router, "norm_topk_prob": pick(False, True),
         "norm_topk_order": pick(1.0, 2.0), "norm_topk_min": pick(1e-20, 0.1), "routed_scaling_factor": pick(1.0, 2.5),
-        "expert_bias": pick(None, False, True) if by_score else pick(None, False), "router_bias": pick(False, True),
+        "expert_bias": pick(None, False, True) if by_score else pick(None, False),
+        "expert_bias_form": pick("add", "multiply"), "router_bias": linear and pick(False, True),
+        "router_input_jitter": pick(0.0, 0.1) if linear else 0.0,
+        "capacity_factor": pick(None, 1.5) if router in (*TOPK_ROUTERS, "expert_choice") else None,
+        "drop_policy": pick("drop", "next_choice", "pad"), "top_p": pick(0.3, 1.0), "slots_per_expert": pick(1, 3),
+        "num_zero_experts": pick(0, 2) if has_free else 0, "num_copy_experts": pick(0, 1) if has_free else 0,
+        "num_constant_experts": pick(0, 1, 3) if has_free else 0,
         "router_jitter_noise": pick(0.01, 0.1), "n_group": n_group, "topk_group": pick(1, n_group),
         "group_score": pick("max", "top2_sum"), **shared,
         "shared_expert_gate": any(shared.values()) and pick(False, True),
@@ -103,7 +117,8 @@ def draw_config() -> ModelConfig:
         "attention_bias": pick(False, True), "attention_output_bias": pick(False, True),
         "clip_qkv": None if mla else pick(None, 8.0), "layer_types": layer_types, "sliding_window": pick(3, 8),
         "attention_chunk_size": 4, "attention_sinks": pick(False, True), "attn_scale": pick(0.0, 0.1),
-        "floor_scale": 16, "mla": mla, "mlp_bias": pick(False, True), "tie_word_embeddings": tied,
+        "floor_scale": 16, "mla": mla, "depth_layers": pick((), (1,), (0, 1)), "depth_capacity": pick(0.125, 1.0),
+        "mlp_bias": pick(False, True), "tie_word_embeddings": tied,
         "lm_head_bias": not tied and pick(False, True), "embedding_multiplier": 1.0, "attention_multiplier": None,
         "residual_multiplier": 1.0, "logits_scaling": 1.0, "initializer_range": 0.02, "bos_token_id": None,
         "eos_token_ids": (),
@@ -117,7 +132,9 @@ def assert_counts_equal(config: ModelConfig) -> None:
     assert count.total == sum(parameter.numel() for parameter in model.parameters()), config
     routed = sum(parameter.numel() for layer in model.moe_layers for parameter in layer.experts.parameters())
     assert count.routed_experts == routed, config
-    share = 0.0 if config.moe is None else config.moe.num_experts_per_tok / config.moe.num_experts
+    share = 0.0
+    if config.moe is not None:
+        share = 1.0 if config.moe.router == "soft" else config.moe.num_experts_per_tok / config.moe.num_experts
     assert count.active == count.total - routed + share * routed, config
     vectors = [name for name, value in model.named_parameters() if value.ndim == 1]
     assert count.vectors == sum(model.get_parameter(name).numel() for name in vectors), config
@@ -153,6 +170,40 @@ def test_forward_flops_equal_what_torch_counts(name: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_attention:
         model(torch.randint(0, config.vocab_size, (1, length)))
     assert counter.get_total_flops() == flops_per_token(config, length).forward * length
+
+
+def test_a_layer_that_tokens_pass_by_costs_its_share() -> None:
+    """Torch counts what the picked half of the tokens took; the router's product it does not see."""
+    config = replace(BASE, moe=MOE, depth_layers=(1, 3), depth_capacity=0.5)
+    model, length = Transformer(config, backend="reference"), 24
+    model.init_weights(0)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.randint(0, config.vocab_size, (1, length)))
+    routers = 2 * 2 * config.hidden_size * length
+    assert counter.get_total_flops() + routers == flops_per_token(config, length).forward * length
+
+
+def test_experts_that_compute_nothing_cost_no_more_than_the_router_that_sees_them() -> None:
+    config, free = replace(BASE, moe=MOE), {"num_zero_experts": 1, "num_copy_experts": 3}
+    more = flops_per_token(replace(BASE, moe=replace(MOE, **free)), 8).forward - flops_per_token(config, 8).forward
+    assert more == 2 * config.num_hidden_layers * 4 * config.hidden_size
+
+
+def test_parameters_of_unusual_layers() -> None:
+    """Counted by hand: D 64, E 16, 4 layers."""
+
+    def more(**settings: object) -> int:
+        of_moe = {name: value for name, value in settings.items() if not name.startswith("depth")}
+        of_model = {name: value for name, value in settings.items() if name.startswith("depth")}
+        config = replace(BASE, moe=replace(MOE, **of_moe), **of_model)  # type: ignore[arg-type]
+        return count_parameters(config).total - count_parameters(replace(BASE, moe=MOE)).total
+
+    assert more(router="noisy_topk") == 4 * 16 * 64
+    assert more(router="hash") == -4 * 16 * 64
+    assert more(num_zero_experts=2) == 4 * 2 * 64
+    assert more(num_constant_experts=2) == 4 * (2 * 64 + 2 * (64 + 2 * 64))
+    assert more(router="soft", slots_per_expert=3) == 4 * (2 * 16 * 64 + 1)
+    assert more(depth_layers=(0, 2)) == 2 * 64
 
 
 def test_training_costs_three_forward_passes() -> None:

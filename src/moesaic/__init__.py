@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moesaic.analysis.record import record_routing
+    from moesaic.analysis.record import record_routing, replay_routing
     from moesaic.checkpoint.load import load, load_tokenizer
     from moesaic.config import ModelConfig, MoEConfig, TrainConfig
     from moesaic.engine.generate import generate
@@ -24,6 +24,7 @@ _HOME = {
     "load_tokenizer": "moesaic.checkpoint.load",
     "generate": "moesaic.engine.generate",
     "record_routing": "moesaic.analysis.record",
+    "replay_routing": "moesaic.analysis.record",
     "ModelConfig": "moesaic.config",
     "MoEConfig": "moesaic.config",
     "TrainConfig": "moesaic.config",
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "record_routing",
+    "replay_routing",
 ]
 
 

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from moesaic.config import ModelConfig
+from moesaic.moe_config import UNLEARNED_ROUTERS, MoEConfig
 
 DTYPE_BYTES = {"float64": 8.0, "float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
 
@@ -19,10 +20,14 @@ class ParameterCount:
     """Input embedding and output projection; once when they are tied."""
     attention: int
     router: int
+    """Matrices of all routers: of the experts, of noise, of slots, and of blocks that tokens may pass by."""
     routed_experts: int
     """All experts of all layers, with their biases."""
     active_experts: int
-    """Those that one token visits."""
+    """Those that one token visits: all E of soft mixtures, else num_experts_per_tok, which is the mean, the target or
+    the most with routers that give each token another number, and the most beside experts that compute nothing."""
+    free_experts: int
+    """Matrices of the experts that compute next to nothing."""
     shared_experts: int
     """With the gate that weighs them."""
     dense_mlp: int
@@ -35,12 +40,12 @@ class ParameterCount:
 
     @property
     def active(self) -> int:
-        """Parameters of the layers that take part in one token, embedding and head included."""
+        """Parameters that take part in one token, embedding and head included, if it passes no layer by."""
         return self.embedding + self._always_active + self.active_experts
 
     @property
     def _always_active(self) -> int:
-        return self.attention + self.router + self.shared_experts + self.dense_mlp + self.vectors
+        return self.attention + self.router + self.free_experts + self.shared_experts + self.dense_mlp + self.vectors
 
 
 @dataclass(frozen=True)
@@ -55,21 +60,34 @@ class Flops:
 def count_parameters(config: ModelConfig) -> ParameterCount:
     """Exact numbers of the parameters that `Transformer(config)` holds."""
     hidden, moe, moe_layers = config.hidden_size, config.moe, config.num_moe_layers
-    expert, shared = 0, 0
+    expert, shared, router, active_experts, free = 0, 0, 0, 0, 0
     if moe is not None:
         biases = 2 * moe.moe_intermediate_size + hidden if moe.projection_bias else 0
         expert = _swiglu_matrices(hidden, moe.moe_intermediate_size) + biases
         shared = _swiglu_matrices(hidden, moe.shared_intermediate_size) + (hidden if moe.shared_expert_gate else 0)
+        router = _router_rows(moe) * hidden
+        active_experts = moe.num_experts if moe.router == "soft" else moe.num_experts_per_tok
+        free = 3 * hidden * moe.num_constant_experts
     return ParameterCount(
         embedding=config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2),
         attention=config.num_hidden_layers * _attention_matrices(config),
-        router=moe_layers * moe.num_experts * hidden if moe else 0,
+        router=moe_layers * router + len(set(config.depth_layers)) * hidden,
         routed_experts=moe_layers * moe.num_experts * expert if moe else 0,
-        active_experts=moe_layers * moe.num_experts_per_tok * expert if moe else 0,
+        active_experts=moe_layers * active_experts * expert,
+        free_experts=moe_layers * free,
         shared_experts=moe_layers * shared,
         dense_mlp=config.num_dense_layers * _swiglu_matrices(hidden, config.intermediate_size),
         vectors=_vectors(config),
     )
+
+
+def _router_rows(moe: MoEConfig) -> int:
+    """Rows of D parameters in the router of one layer."""
+    if moe.router in UNLEARNED_ROUTERS:
+        return 0
+    if moe.router == "soft":
+        return moe.num_experts * moe.slots_per_expert
+    return moe.num_routed * (2 if moe.router == "noisy_topk" else 1)
 
 
 def _swiglu_matrices(hidden: int, inner: int) -> int:
@@ -97,7 +115,8 @@ def _vectors(config: ModelConfig) -> int:
     if config.mlp_bias:
         feed_forward += config.num_dense_layers * (2 * config.intermediate_size + hidden)
     if moe is not None:
-        per_layer = moe.num_experts if moe.router_bias else 0
+        per_layer = moe.num_routed if moe.router_bias else 0
+        per_layer += 1 if moe.router == "soft" else 0  # the scale of its logits
         if config.mlp_bias and moe.shared_intermediate_size:
             per_layer += 2 * moe.shared_intermediate_size + hidden
         feed_forward += config.num_moe_layers * per_layer
@@ -126,9 +145,14 @@ def flops_per_token(config: ModelConfig, context_length: float) -> Flops:
 
     The embedding look-up is free; norms, activations and softmax are left out, as is usual. Latent attention is counted
     as prefill and training compute it: keys and values are expanded from the latent, once per token.
+
+    A token visits num_experts_per_tok experts that compute (times the capacity_factor of `expert_choice`), which is the
+    most with `softmax_top_p` and beside experts that compute nothing; these are left out. `soft` shares E x S slots
+    among the `context_length` tokens of a sequence. Layers of `depth_layers` count for `depth_capacity` of the tokens,
+    each of which attends to that share of the others. Routers count as in training, with their noise.
     """
     visible = [min(context_length, _window(config, index)) for index in range(config.num_hidden_layers)]
-    return _flops(config, visible)
+    return _flops(config, visible, context_length)
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
@@ -142,7 +166,7 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
         else:
             tokens_seen = window * (window + 1) / 2 + (sequence_length - window) * window
         visible.append(tokens_seen / sequence_length)
-    return _flops(config, visible).training
+    return _flops(config, visible, sequence_length).training
 
 
 def _window(config: ModelConfig, layer_index: int) -> float:
@@ -152,17 +176,35 @@ def _window(config: ModelConfig, layer_index: int) -> float:
     return math.inf if size is None else size
 
 
-def _flops(config: ModelConfig, visible: list[float]) -> Flops:
+def _flops(config: ModelConfig, visible: list[float], sequence_length: float) -> Flops:
     """`visible` holds, for each layer, how many tokens one token attends to on average."""
-    count, moe = count_parameters(config), config.moe
-    head = config.vocab_size * config.hidden_size
-    matrices = count.attention + count.router + count.shared_experts + count.dense_mlp + head
-    if moe is not None:
-        expert = _swiglu_matrices(config.hidden_size, moe.moe_intermediate_size)
-        matrices += config.num_moe_layers * moe.num_experts_per_tok * expert
-    scores_and_values = config.num_attention_heads * (config.head_dim + config.v_head_dim) * sum(visible)
-    forward = 2.0 * (matrices + scores_and_values)
+    hidden = config.hidden_size
+    attention, feed_forward = _attention_matrices(config), _swiglu_matrices(hidden, config.intermediate_size)
+    per_visible_token = config.num_attention_heads * (config.head_dim + config.v_head_dim)
+    products = float(config.vocab_size * hidden)
+    for index, seen in enumerate(visible):
+        passes_by = index in config.depth_layers
+        share = config.depth_capacity if passes_by else 1.0
+        moe = config.moe if config.is_moe_layer(index) else None
+        inner = feed_forward if moe is None else _moe_products(config, moe, share * sequence_length)
+        products += share * (attention + inner + per_visible_token * share * seen) + (hidden if passes_by else 0)
+    forward = 2.0 * products
     return Flops(forward=forward, training=3 * forward)
+
+
+def _moe_products(config: ModelConfig, moe: MoEConfig, sequence_length: float) -> float:
+    """Multiply-adds per token of one layer of experts, of which `sequence_length` tokens make a sequence."""
+    hidden = config.hidden_size
+    expert = _swiglu_matrices(hidden, moe.moe_intermediate_size)
+    shared = _swiglu_matrices(hidden, moe.shared_intermediate_size) + (hidden if moe.shared_expert_gate else 0)
+    if moe.router == "soft":
+        slots = moe.num_experts * moe.slots_per_expert
+        # Logits, mixing tokens into slots, mixing slots into tokens; and the experts of the slots.
+        return 3 * slots * hidden + slots * expert / max(sequence_length, 1.0) + shared
+    experts_per_token = float(moe.num_experts_per_tok)
+    if moe.router == "expert_choice":
+        experts_per_token = min(experts_per_token * (moe.capacity_factor or 1.0), moe.num_experts)
+    return _router_rows(moe) * hidden + experts_per_token * expert + shared
 
 
 def weight_bytes(config: ModelConfig, dtype: str) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moesaic.checks import require, require_not_negative, require_positive, require_seed
-from moesaic.model_config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
+from moesaic.model_config import MLAConfig, ModelConfig, RopeScaling
+from moesaic.moe_config import UNLEARNED_ROUTERS, MoEConfig
 
 __all__ = [
     "BalanceConfig",
@@ -107,14 +108,43 @@ class BalanceConfig:
     """What keeps the load of the experts even. Coefficients of 0 switch a term off."""
 
     aux_loss_coef: float = 0.0
-    """Weight of the Switch load-balance loss of a micro-batch, mean over layers; its balanced value is 1."""
+    """Weight of the Switch load-balance loss, mean over layers; its balanced value is 1."""
+    aux_loss_scope: Literal["micro_batch", "sequence", "global_batch"] = "global_batch"
+    """Over what the load must be even: a micro-batch, each sequence, or all tokens of an optimizer step. The last needs
+    all loads before the first gradient: with several micro-batches each is first passed forward once more without one,
+    about a third more compute, and its choices of experts are kept."""
+    aux_loss_devices: int = 0
+    """Experts are pooled into so many equal groups of neighbours, among which the loss wants the load to be even; 0 or
+    1: every expert counts alone."""
     z_loss_coef: float = 0.0
     """Weight of the mean squared log-partition of the router logits."""
     bias_update_rate: float = 0.0
-    """Step of the selection bias of `sigmoid_topk`, once per optimizer step; follows the learning-rate schedule."""
+    """Step of the selection bias, once per optimizer step; follows the learning-rate schedule."""
+    bias_update_rule: Literal["sign", "proportional", "quantile"] = "sign"
+    """An expert below the mean load gains the rate; or the rate times what it misses, as a share of the mean; or all
+    go that part of the way (1 is all of it) to the bias that would have balanced the batch."""
+    relu_l1_growth: float = 1.2
+    """`relu` routers only: by what the weight of their L1 loss is multiplied or divided in each optimizer step."""
+    depth_loss_coef: float = 0.01
+    """Weight of the loss that teaches mixture-of-depths routers to decide without seeing later tokens."""
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "aux_loss_coef", "z_loss_coef", "bias_update_rate")
+        require_not_negative(
+            self, "aux_loss_coef", "aux_loss_devices", "z_loss_coef", "bias_update_rate", "depth_loss_coef"
+        )
+        require(
+            1.0 < self.relu_l1_growth <= 10.0,
+            f"relu_l1_growth is {self.relu_l1_growth}; it must lie above 1 and at most 10",
+        )
+        require(
+            self.aux_loss_devices <= 1 or self.aux_loss_coef > 0,
+            f"aux_loss_devices is {self.aux_loss_devices}, but aux_loss_coef is 0, so there is no loss; set both",
+        )
+        require(
+            self.bias_update_rule != "quantile" or self.bias_update_rate <= 1,
+            f"bias_update_rate is {self.bias_update_rate}; with bias_update_rule quantile it is a part of the way, at "
+            "most 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,13 +214,49 @@ class TrainConfig:
             "set model.moe.num_experts_per_tok = 2, or router = 'softmax_topk' with norm_topk_prob = false",
         )
         require(
-            moe is not None or self.balance == BalanceConfig(),
+            moe is not None or self.balance == BalanceConfig(depth_loss_coef=self.balance.depth_loss_coef),
             "[balance] needs [model.moe]: a dense model has nothing to balance; remove the section or set it to 0",
         )
+        if moe is not None:
+            self._check_balance(moe)
+
+    def _check_balance(self, moe: MoEConfig) -> None:
+        balance = self.balance
+        refused = {
+            "hash": "has no logits that could learn",
+            "expert_choice": "gives every expert equally many tokens already",
+            "soft": "gives every expert equally many mixtures already",
+        }
         require(
-            self.balance.bias_update_rate == 0 or (moe is not None and moe.has_expert_bias),
+            balance.aux_loss_coef == 0 or moe.router not in refused,
+            f"balance.aux_loss_coef is {balance.aux_loss_coef}, but the router {moe.router} "
+            f"{refused.get(moe.router)}; set it to 0",
+        )
+        require(
+            balance.z_loss_coef == 0 or moe.router not in (*UNLEARNED_ROUTERS, "soft"),
+            f"balance.z_loss_coef is {balance.z_loss_coef}, but the router {moe.router} has no logits per token; set "
+            "it to 0",
+        )
+        require(
+            balance.aux_loss_devices <= 1 or moe.num_routed % balance.aux_loss_devices == 0,
+            f"balance.aux_loss_devices is {balance.aux_loss_devices}; it must divide the {moe.num_routed} experts that "
+            "the router chooses among, those that compute nothing included",
+        )
+        require(
+            balance.bias_update_rate == 0 or moe.has_expert_bias,
             "balance.bias_update_rate needs a selection bias: set model.moe.router = 'sigmoid_topk' or "
             "model.moe.expert_bias; use balance.aux_loss_coef without one",
+        )
+        quantile = balance.bias_update_rate > 0 and balance.bias_update_rule == "quantile"
+        require(
+            not quantile or (moe.expert_bias_form == "add" and moe.n_group == 1),
+            f"bias_update_rule quantile needs a bias that is added, and no groups; expert_bias_form is "
+            f"{moe.expert_bias_form} and n_group {moe.n_group}; use the rule sign or proportional",
+        )
+        require(
+            not quantile or moe.num_experts_per_tok < moe.num_routed,
+            f"bias_update_rule quantile needs an expert that a token leaves out; num_experts_per_tok is "
+            f"{moe.num_experts_per_tok} of {moe.num_routed}",
         )
 
     @property
@@ -213,6 +279,8 @@ class SamplingConfig:
     top_k: int = 0
     """Keep only the k most likely tokens; 0 keeps all."""
     seed: int = 0
+    allow_lookahead: bool = False
+    """Generate also from a model whose routers look at later tokens; computes the whole text anew for each token."""
 
     def __post_init__(self) -> None:
         require_positive(self, "max_tokens")

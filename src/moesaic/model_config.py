@@ -8,128 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moesaic.checks import require, require_between, require_not_negative, require_positive
+from moesaic.moe_config import MoEConfig
 
-RouterName = Literal["softmax_topk", "topk_softmax", "sigmoid_topk", "topk_sigmoid_input", "sparsemixer"]
-ActivationName = Literal["swiglu", "clamped_swiglu"]
-SCORE_ROUTERS: tuple[RouterName, ...] = ("softmax_topk", "sigmoid_topk")
-"""Those that score all experts first: only then can scores be limited to groups, biased, and their best normalised."""
 QKNorm = Literal["none", "head", "width", "head_after_rope", "l2_after_rope"]
 LayerType = Literal["full_attention", "sliding_attention", "chunked_attention"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoEConfig:
-    """A mixture-of-experts feed-forward: which router, how many experts, how wide."""
-
-    num_experts: int
-    """E, routed experts per layer."""
-    num_experts_per_tok: int
-    """K, routed experts that each token visits."""
-    moe_intermediate_size: int
-    """F, inner width of one expert."""
-    router: RouterName = "softmax_topk"
-    """`softmax_topk` (Mixtral, Qwen3-MoE), `topk_softmax` (softmax over the chosen logits only: Granite, gpt-oss),
-    `sigmoid_topk` (DeepSeek-V3, GLM-4), `topk_sigmoid_input` (Llama 4: the score scales the expert's input) or
-    `sparsemixer` (Phi-3.5-MoE)."""
-    norm_topk_prob: bool = True
-    """Divide the K weights of a token by their norm; `softmax_topk` and `sigmoid_topk` only."""
-    norm_topk_order: float = 1.0
-    """Order of that norm: 1 is the sum, DBRX may take another."""
-    norm_topk_min: float = 1e-20
-    """The norm counts as at least this."""
-    routed_scaling_factor: float = 1.0
-    """Multiplies the routed output; K restores the output scale of a dense layer when weights sum to 1."""
-    expert_bias: bool | None = None
-    """A bias per expert that takes part in the choice, never in the weight, and is moved by the load. None: the router
-    decides, `sigmoid_topk` has one and the others do not."""
-    router_bias: bool = False
-    """A learned bias on the router's logits (gpt-oss)."""
-    router_jitter_noise: float = 0.01
-    """`sparsemixer` only: how far below the best logit, relatively, an expert may be and still share the softmax."""
-    n_group: int = 1
-    """Experts are split into so many groups, of which a token may visit `topk_group` (DeepSeek)."""
-    topk_group: int = 1
-    group_score: Literal["max", "top2_sum"] = "top2_sum"
-    """What a group is worth: its best expert (DeepSeek-V2) or its best two (DeepSeek-V3)."""
-    n_shared_experts: int = 0
-    """Experts that every token visits, fused into one MLP of width n_shared_experts * moe_intermediate_size."""
-    shared_expert_intermediate_size: int = 0
-    """Inner width of that MLP where it is not a multiple of an expert's; 0 leaves it to n_shared_experts."""
-    shared_expert_gate: bool = False
-    """A learned sigmoid weighs the shared experts' output (Qwen2-MoE)."""
-    first_k_dense_replace: int = 0
-    """The first k layers use the dense MLP of width intermediate_size instead."""
-    mlp_only_layers: tuple[int, ...] = ()
-    """Further layers that do."""
-    activation: ActivationName = "swiglu"
-    """Of the routed experts: `swiglu` is silu(gate) * up; `clamped_swiglu` is gpt-oss's."""
-    swiglu_limit: float = 7.0
-    """`clamped_swiglu` only: gate is clamped above, up on both sides."""
-    swiglu_alpha: float = 1.702
-    """`clamped_swiglu` only: gain inside the sigmoid."""
-    projection_bias: bool = False
-    """Biases on the projections of the routed experts (gpt-oss)."""
-
-    def __post_init__(self) -> None:
-        require_positive(
-            self, "num_experts", "num_experts_per_tok", "moe_intermediate_size", "routed_scaling_factor",
-            "norm_topk_order", "n_group", "topk_group", "swiglu_limit", "swiglu_alpha",
-        )  # fmt: skip
-        require_not_negative(
-            self, "n_shared_experts", "shared_expert_intermediate_size", "first_k_dense_replace", "norm_topk_min",
-            "router_jitter_noise",
-        )  # fmt: skip
-        require(
-            self.num_experts_per_tok <= self.num_experts,
-            f"num_experts_per_tok is {self.num_experts_per_tok} but num_experts is {self.num_experts}; "
-            f"a token can visit at most {self.num_experts} experts",
-        )
-        require(
-            self.num_experts % self.n_group == 0 and self.topk_group <= self.n_group,
-            f"n_group is {self.n_group} and topk_group {self.topk_group} with {self.num_experts} experts; the first "
-            "must divide the experts, and the second not exceed it",
-        )
-        require(
-            self.num_experts_per_tok <= self.num_experts // self.n_group * self.topk_group,
-            f"num_experts_per_tok is {self.num_experts_per_tok} but {self.topk_group} of {self.n_group} groups hold "
-            f"{self.num_experts // self.n_group * self.topk_group} experts; raise topk_group",
-        )
-        require(
-            self.n_group == 1 or self.router in SCORE_ROUTERS,
-            f"n_group is {self.n_group}, but the router {self.router} does not choose by group; set n_group = 1",
-        )
-        require(
-            self.n_group == 1 or self.group_score == "max" or self.num_experts // self.n_group >= 2,
-            f"group_score top2_sum needs groups of 2 experts or more; {self.num_experts} experts in {self.n_group} "
-            "groups leave 1; set group_score = 'max'",
-        )
-        require(
-            not self.has_expert_bias or self.router in SCORE_ROUTERS,
-            f"expert_bias is set, but the router {self.router} has none; use softmax_topk or sigmoid_topk",
-        )
-        require(
-            self.router != "sparsemixer" or self.num_experts_per_tok == 2,
-            f"num_experts_per_tok is {self.num_experts_per_tok}, but sparsemixer always takes 2",
-        )
-        require(
-            not self.shared_expert_gate or self.shared_intermediate_size > 0,
-            "shared_expert_gate is set but there are no shared experts; set n_shared_experts",
-        )
-
-    @property
-    def has_expert_bias(self) -> bool:
-        return self.router == "sigmoid_topk" if self.expert_bias is None else self.expert_bias
-
-    @property
-    def has_constant_weights(self) -> bool:
-        """Whether the one weight of every token is 1, so that no gradient reaches the router."""
-        divided_by_itself = self.norm_topk_prob and self.router in SCORE_ROUTERS
-        return self.num_experts_per_tok == 1 and (divided_by_itself or self.router == "topk_softmax")
-
-    @property
-    def shared_intermediate_size(self) -> int:
-        """Inner width of the shared experts' MLP; 0 when there are none."""
-        return self.shared_expert_intermediate_size or self.n_shared_experts * self.moe_intermediate_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +146,11 @@ class ModelConfig:
     floor_scale: int = 8192
     mla: MLAConfig | None = None
 
+    depth_layers: tuple[int, ...] = ()
+    """Layers that most tokens of a sequence pass by (mixture of depths); a router in each picks those that do not."""
+    depth_capacity: float = 0.125
+    """Share of a sequence's tokens, rounded up, that such a layer computes in training."""
+
     mlp_bias: bool = False
     """Biases on the dense MLP and the shared experts."""
     tie_word_embeddings: bool = False
@@ -350,13 +237,17 @@ class ModelConfig:
                 kind not in self.layer_types or getattr(self, size) is not None,
                 f"layer_types names {kind}, but {size} is not set; set it",
             )
-        named = (*self.nope_layers, *(self.moe.mlp_only_layers if self.moe else ()))
+        named = (*self.nope_layers, *self.depth_layers, *(self.moe.mlp_only_layers if self.moe else ()))
         for index in named:
             require(
                 0 <= index < self.num_hidden_layers,
-                f"layer {index} is named in nope_layers or mlp_only_layers, but the layers are 0 to "
+                f"layer {index} is named in nope_layers, depth_layers or mlp_only_layers, but the layers are 0 to "
                 f"{self.num_hidden_layers - 1}",
             )
+        require(
+            0.0 < self.depth_capacity <= 1.0,
+            f"depth_capacity is {self.depth_capacity}; it must lie above 0 and at most 1",
+        )
         require(
             self.num_dense_layers == 0 or self.intermediate_size > 0,
             f"{self.num_dense_layers} layers are dense but intermediate_size is 0; set intermediate_size",
@@ -389,6 +280,11 @@ class ModelConfig:
     def is_moe_layer(self, layer_index: int) -> bool:
         moe = self.moe
         return moe is not None and layer_index >= moe.first_k_dense_replace and layer_index not in moe.mlp_only_layers
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a token's experts depend on later tokens, so that this is no causal language model."""
+        return self.moe is not None and self.moe.looks_ahead
 
     def layer_type(self, layer_index: int) -> LayerType:
         return self.layer_types[layer_index] if self.layer_types else "full_attention"

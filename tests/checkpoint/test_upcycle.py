@@ -62,7 +62,7 @@ def test_the_sparse_model_computes_what_the_dense_one_does(tmp_path: Path, name:
     assert logit_difference(ours, dense) < 1e-4
     assert logit_difference(ours, theirs) < 1e-4
     layer = ours.moe_layers[1]
-    first, *others = layer.router.weight.detach().unflatten(0, (-1, how.granularity)).unbind(1)
+    first, *others = layer.router.get_parameter("weight").detach().unflatten(0, (-1, how.granularity)).unbind(1)
     assert torch.unique(first, dim=0).shape == first.shape  # groups differ, experts of one do not
     assert all(torch.equal(first, other) for other in others)
 
@@ -101,9 +101,10 @@ def test_training_makes_the_experts_differ_and_moves_the_routers(tmp_path: Path,
     assert losses[-1] < losses[0]
     granularity = WAYS[way].granularity
     for index, layer in enumerate(model.moe_layers):
-        assert layer.router.weight.grad is not None
-        assert layer.router.weight.grad.abs().max() > 0
-        assert not torch.equal(layer.router.weight, before[f"layers.{index}.feed_forward.router.weight"])
+        router_weight = layer.router.get_parameter("weight")
+        assert router_weight.grad is not None
+        assert router_weight.grad.abs().max() > 0
+        assert not torch.equal(router_weight, before[f"layers.{index}.feed_forward.router.weight"])
         same_shard = layer.experts.down.detach()[::granularity]
         assert not torch.equal(same_shard[0], same_shard[1])
         same_group = layer.experts.gate_up.detach()[:2]

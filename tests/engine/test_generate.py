@@ -71,3 +71,31 @@ def test_too_long_and_empty_prompts_are_refused_with_the_numbers() -> None:
         moesaic.generate(model, TOKENIZER, "x" * 70, max_tokens=10)
     with pytest.raises(UsageError, match="prompt is empty"):
         moesaic.generate(model, TOKENIZER, "")
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "soft"])
+def test_routers_that_look_ahead_generate_only_when_asked_and_then_from_the_whole_text(router: str) -> None:
+    assert CONFIG.moe is not None
+    model, prompt = make_model(replace(CONFIG, moe=replace(CONFIG.moe, router=router))).train(), "many small"  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=rf"router {router} .* --allow-lookahead"):
+        moesaic.generate(model, TOKENIZER, prompt)
+    text = moesaic.generate(model, TOKENIZER, prompt, max_tokens=8, temperature=0, allow_lookahead=True)
+    assert model.training
+    model.eval()
+    ids = TOKENIZER.encode(prompt)
+    for _ in range(8):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] == TOKENIZER.eos_id:
+            ids.pop()
+            break
+    assert text == TOKENIZER.decode(ids[len(TOKENIZER.encode(prompt)) :])
+
+
+def test_a_model_in_training_generates_without_noise_and_drops_nothing() -> None:
+    assert CONFIG.moe is not None
+    moe = replace(CONFIG.moe, capacity_factor=0.3, router_input_jitter=0.9)
+    model = make_model(replace(CONFIG, moe=moe))
+    texts = [
+        moesaic.generate(model.train(mode), TOKENIZER, "abcdef", max_tokens=20, temperature=0) for mode in (True, False)
+    ]
+    assert texts[0] == texts[1]

@@ -78,6 +78,42 @@ def test_the_fitted_scale_starts_blocks_as_the_identity_where_no_norm_follows(pl
         assert float(value.std()) == pytest.approx(expected, rel=6 / math.sqrt(2 * value.numel())), name
 
 
+EXTENDED = {
+    "noise": {"router": "noisy_topk"},
+    "soft": {"router": "soft", "slots_per_expert": 2},
+    "constants": {"num_constant_experts": 2, "num_copy_experts": 1},
+}
+
+
+@pytest.mark.parametrize("initializer_range", [0.02, 0.0])
+@pytest.mark.parametrize("name", EXTENDED)
+def test_what_unusual_routers_and_experts_start_from(name: str, initializer_range: float, seed: int) -> None:
+    config = replace(
+        BASE, initializer_range=initializer_range, moe=replace(MOE, **EXTENDED[name]), depth_layers=(1,)
+    )  # fmt: skip
+    found = set()
+    for key, value in state(config, seed).items():
+        leaf = key.rpartition(".")[2]
+        if leaf in ("noise_weight", "scale", "constants", "mix") or key.endswith("router.weight"):
+            found.add(leaf)
+            fixed = {"noise_weight": 0.0, "scale": 0.0}.get(leaf)
+            constants = 0.02 / math.sqrt(2 * 3) if initializer_range else 0.0
+            expected = fixed if fixed is not None else constants if leaf == "constants" else 0.02
+            assert float(value.std(correction=0)) == pytest.approx(expected, rel=6 / math.sqrt(2 * value.numel())), key
+            assert leaf != "scale" or value.tolist() == [1.0]
+    assert found == {"weight"} | {
+        "noise": {"noise_weight"}, "soft": {"scale"}, "constants": {"constants", "mix"}
+    }[name]  # fmt: skip
+
+
+def test_the_noise_of_a_router_moves_no_other_matrix(seed: int) -> None:
+    plain, noisy = (
+        state(replace(BASE, moe=replace(MOE, router=name)), seed) for name in ("topk_softmax", "noisy_topk")
+    )
+    assert len(noisy) > len(plain)
+    assert all(torch.equal(value, noisy[name]) for name, value in plain.items())
+
+
 def test_equal_seeds_give_equal_layers_and_others_do_not(seed: int) -> None:
     config = replace(BASE, moe=replace(MOE, router_bias=True, shared_expert_gate=True))
     first, second, third = MoE(config), MoE(config), MoE(config)

@@ -57,3 +57,16 @@ def test_more_tokens_than_the_capacity_are_refused_and_change_nothing() -> None:
         kv.extend(torch.arange(3, 5)[None])
     assert (kv.length, kv.capacity) == (3, 4)
     assert kv.positions.tolist() == [[0, 1, 2, -1]]
+
+
+def test_layers_that_tokens_pass_by_remember_which_did_not() -> None:
+    kv = KVCache(replace(GROUPED, depth_layers=(0, 2)), batch_size=2, capacity=6)
+    assert sorted(kv.layer_positions) == [0, 2]
+    kv.extend(torch.tensor([[-1, 0, 1], [0, 1, 2]]))
+    first = kv.extend_layer(2, torch.tensor([[-1, 0, -1], [-1, -1, 2]]))
+    assert first.tolist() == [[-1, 0, -1], [-1, -1, 2]]
+    assert kv.next_positions.tolist() == [2, 3]
+    kv.extend(kv.next_positions[:, None])
+    assert kv.extend_layer(2, torch.tensor([[2], [-1]])).tolist() == [[-1, 0, -1, 2], [-1, -1, 2, -1]]
+    assert (kv.layer_positions[0] == -1).all()
+    assert kv.positions.tolist() == [[-1, 0, 1, 2, -1, -1], [0, 1, 2, 3, -1, -1]]

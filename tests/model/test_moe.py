@@ -1,14 +1,12 @@
 """The MoE layer as a whole: routed and shared experts together. B sequences, L positions, T = B x L, E experts."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import DeepseekV3Config, Llama4TextConfig, Qwen2MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
@@ -17,7 +15,10 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 from moesaic.config import ModelConfig, MoEConfig
 from moesaic.model.initialize import initialize
 from moesaic.model.moe import MoE
-from moesaic.model.router import ROUTERS
+from moesaic.model.routers import ROUTERS
+from moesaic.model.routing_context import RoutingContext
+from moesaic.model.transformer import Transformer
+from moesaic.ops import Routing
 
 B, L, D, E, F = 2, 9, 12, 8, 6
 BASE = ModelConfig(
@@ -48,13 +49,19 @@ def with_moe(config: ModelConfig = BASE, **settings: Any) -> ModelConfig:
     return replace(config, moe=replace(config.moe, **settings))
 
 
+def seen_by_routers(x: Tensor, mask: Tensor | None = None) -> RoutingContext:
+    """With random tokens and noise keys for x (B, L, D)."""
+    tokens_BL, keys_BL = (torch.randint(0, high, x.shape[:2]) for high in (BASE.vocab_size, 2**62))
+    return RoutingContext(tokens=tokens_BL, mask=mask, noise_keys=keys_BL)
+
+
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return down @ (functional.silu(gate @ x) * (up @ x))
 
 
-def definition(layer: MoE, x: Tensor, *, scale_input: bool) -> Tensor:
+def definition(layer: MoE, x: Tensor, context: RoutingContext, *, scale_input: bool) -> Tensor:
     """x (T, D) -> (T, D), one assignment after the other."""
-    routing = layer.router(x)
+    routing = layer.router(x, context)
     out = torch.zeros_like(x)
     for token, expert, weight in zip(routing.token_ids, routing.expert_ids, routing.weights, strict=True):
         gate, up = layer.experts.gate_up[expert].chunk(2)
@@ -78,21 +85,33 @@ def definition(layer: MoE, x: Tensor, *, scale_input: bool) -> Tensor:
 def test_the_layer_is_the_sum_of_routed_and_shared_experts(router: str, shared: str, mlp_bias: bool) -> None:
     config = replace(with_moe(router=router, **SHARED[shared]), mlp_bias=mlp_bias)
     layer = build(config, "reference").double()
-    x_BLD = torch.randn(B, L, D, dtype=torch.float64)
-    y_BLD, routing = layer(x_BLD)
-    expected = definition(layer, x_BLD.flatten(0, 1), scale_input=router == "topk_sigmoid_input")
+    x_BLD = torch.randn(B, L, D, dtype=torch.float64, requires_grad=True)
+    context = seen_by_routers(x_BLD)
+    y_BLD, routing = layer(x_BLD, context)
+    expected = definition(layer, x_BLD.flatten(0, 1), context, scale_input=router == "topk_sigmoid_input")
     assert routing.num_tokens == B * L
     torch.testing.assert_close(y_BLD.flatten(0, 1), expected, rtol=1e-10, atol=1e-10)
+    inputs, mix_TD = [x_BLD, *layer.parameters()], torch.randn_like(expected)
+    actual_grads, expected_grads = (
+        torch.autograd.grad((y_TD * mix_TD).sum(), inputs, materialize_grads=True)
+        for y_TD in (y_BLD.flatten(0, 1), expected)
+    )
+    torch.testing.assert_close(actual_grads, expected_grads, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_padding_meets_no_routed_expert(router: str) -> None:
-    layer = build(with_moe(router=router, shared_expert_gate=True, n_shared_experts=1))
-    x_BLD, mask_BL = torch.randn(B, L, D), torch.rand(B, L) < 0.6
-    (padded, _), (whole, _) = layer(x_BLD, mask_BL), layer(x_BLD)
-    torch.testing.assert_close(padded[mask_BL], whole[mask_BL], rtol=1e-4, atol=1e-5)
-    assert layer.shared_experts is not None
-    torch.testing.assert_close(padded[~mask_BL], layer._shared(x_BLD[~mask_BL]), rtol=1e-4, atol=1e-5)
+def test_a_sequence_gets_the_same_alone_as_beside_others_and_padding(router: str) -> None:
+    layer = build(with_moe(router=router, shared_expert_gate=True, n_shared_experts=1), "reference").double()
+    x_BLD, mask_BL = torch.randn(B, L, D, dtype=torch.float64), torch.rand(B, L) < 0.6
+    context = seen_by_routers(x_BLD, mask_BL)
+    y_BLD, _ = layer(x_BLD, context)
+    for sequence, mask_L in enumerate(mask_BL):
+        tokens_1L, keys_1L = (
+            part[sequence, mask_L].unsqueeze(0) for part in (context.tokens, context.noise_keys) if part is not None
+        )
+        alone, _ = layer(x_BLD[sequence, mask_L].unsqueeze(0), RoutingContext(tokens=tokens_1L, noise_keys=keys_1L))
+        torch.testing.assert_close(y_BLD[sequence, mask_L], alone[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(y_BLD[~mask_BL], layer._shared(x_BLD[~mask_BL]), rtol=1e-10, atol=1e-10)
 
 
 GROUPS = {"n_group": 4, "topk_group": 2}
@@ -101,16 +120,23 @@ CHOICES = [*((router, {}) for router in ROUTERS), ("softmax_topk", GROUPS), ("si
 
 @pytest.mark.parametrize(("router", "settings"), CHOICES)
 def test_recomputation_keeps_the_experts_of_every_router(router: str, settings: dict[str, Any]) -> None:
-    """The logits are turned round between forward and backward; the experts that learn are still the first ones."""
-    layer = build(with_moe(router=router, **settings), "reference")
-    x_BLD = torch.randn(1, 2, D)
-    replay = partial(create_selective_checkpoint_contexts, [torch.ops.aten.topk.default])
-    y_BLD, routing = checkpoint(layer, x_BLD, use_reentrant=False, context_fn=replay)  # type: ignore[misc]
-    layer.router.weight.data.neg_()
-    y_BLD.sum().backward()
-    assert layer.experts.down.grad is not None
-    learned_E = layer.experts.down.grad.abs().sum((1, 2)) > 0
-    assert learned_E.nonzero().flatten().tolist() == routing.expert_ids.unique().tolist()
+    """The logits are turned round between forward and backward; what is recomputed are still the first choices."""
+    model = Transformer(with_moe(router=router, **settings), "reference")
+    model.init_weights(int(torch.randint(0, 2**31, ())))
+    model.activation_checkpointing = True
+    layer, seen = model.moe_layers[0], list[Routing]()
+
+    def keep(module: nn.Module, args: object, routing: Routing) -> None:
+        seen.append(routing)
+
+    layer.router.register_forward_hook(keep)
+    logits_BLV = model(torch.randint(0, BASE.vocab_size, (B, L)))
+    for parameter in layer.router.parameters():
+        parameter.data.neg_()
+    logits_BLV.sum().backward()
+    first, again = seen
+    assert torch.equal(first.token_ids, again.token_ids)
+    assert torch.equal(first.expert_ids, again.expert_ids)
 
 
 def test_the_layer_equals_qwen2_moe_of_transformers() -> None:
@@ -164,4 +190,5 @@ def assert_same(layer: MoE, peer: nn.Module) -> None:
     x_BLD = torch.randn(B, L, D)
     expected = peer(x_BLD)
     expected = expected[0] if isinstance(expected, tuple) else expected
-    torch.testing.assert_close(layer(x_BLD)[0].flatten(), expected.flatten(), rtol=1e-4, atol=1e-4)
+    y_BLD, _ = layer(x_BLD, seen_by_routers(x_BLD))
+    torch.testing.assert_close(y_BLD.flatten(), expected.flatten(), rtol=1e-4, atol=1e-4)

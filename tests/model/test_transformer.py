@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from moesaic.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
@@ -36,6 +36,17 @@ SPARSE = ModelConfig(
 CONFIGS = {
     "sparse": SPARSE,
     "softmax": replace(SPARSE, moe=MoEConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)),
+    "free experts": replace(
+        SPARSE,
+        moe=MoEConfig(
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            num_zero_experts=1,
+            num_copy_experts=1,
+            num_constant_experts=2,
+        ),
+    ),
     "dense, tied": replace(SPARSE, moe=None, tie_word_embeddings=True),
     "no QK-norm, biases, partial RoPE": replace(SPARSE, qk_norm="none", attention_bias=True, partial_rotary_factor=0.5),
     "sliding, sinks, yarn": replace(
@@ -210,6 +221,51 @@ def test_recomputation_keeps_the_experts_that_the_forward_pass_chose() -> None:
     loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_a_replayed_pass_chooses_what_was_recorded_and_weighs_it_anew() -> None:
+    model, tokens, recorded = build(SPARSE), random_tokens(2, 10), list[Routing]()
+    positions = torch.stack([torch.cat([torch.full((4,), -1), torch.arange(6)]), torch.arange(10)])
+    first = model(tokens, positions, routings=recorded)
+    replayed = list[Routing]()
+    torch.testing.assert_close(model(tokens, positions, replay=recorded, routings=replayed), first, rtol=0, atol=0)
+    for layer in model.moe_layers:
+        for parameter in layer.router.parameters():
+            nn.init.normal_(parameter)
+    again = list[Routing]()
+    model(tokens, positions, replay=recorded, routings=again)
+    for before, after in zip(recorded, again, strict=True):
+        assert torch.equal(before.token_ids, after.token_ids)
+        assert torch.equal(before.expert_ids, after.expert_ids)
+        weights_TE = after.logits.sigmoid()
+        weights_TK = weights_TE[after.token_ids, after.expert_ids].view(-1, 2)
+        expected_N = 2.0 * (weights_TK / weights_TK.sum(1, keepdim=True)).flatten()
+        torch.testing.assert_close(after.weights, expected_N, rtol=1e-4, atol=1e-5)
+
+
+def test_a_recorded_routing_of_other_tokens_or_layers_is_refused() -> None:
+    model, recorded = build(SPARSE), list[Routing]()
+    model(random_tokens(2, 10), routings=recorded)
+    with pytest.raises(UsageError, match="has 2 layers of 20 tokens, and this pass 2 layers of 22"):
+        model(random_tokens(2, 11), replay=recorded)
+    with pytest.raises(UsageError, match="has 1 layers of 20 tokens, and this pass 2 layers"):
+        model(random_tokens(2, 10), replay=recorded[:1])
+
+
+def test_noise_belongs_to_the_sequence_its_key_and_the_layer() -> None:
+    config = replace(
+        SPARSE, moe=MoEConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, router="noisy_topk")
+    )
+    model, tokens, keys = build(config, "reference").double(), random_tokens(3, 10), torch.randint(0, 2**62, (3,))
+    recorded: list[Routing] = []
+    whole = model(tokens, noise_keys=keys, routings=recorded)
+    positions = torch.cat([torch.full((3, 2), -1), torch.arange(10).expand(3, 10)], 1)
+    padded = model(torch.cat([random_tokens(3, 2), tokens], 1), positions, noise_keys=keys)
+    torch.testing.assert_close(padded[:, 2:], whole, rtol=1e-9, atol=1e-9)
+    cut = torch.cat([model(tokens[index : index + 1], noise_keys=keys[index : index + 1]) for index in range(3)])
+    torch.testing.assert_close(cut, whole, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(model(tokens, noise_keys=keys + 1), whole)
+    assert torch.equal(model.eval()(tokens, noise_keys=keys), model(tokens, noise_keys=keys + 1))
 
 
 def test_backends_agree_on_the_gradients_of_a_whole_model() -> None:

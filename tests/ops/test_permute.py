@@ -48,6 +48,29 @@ def test_unpermute_sums_the_rows_of_each_token() -> None:
         torch.testing.assert_close(unpermute(rows, permutation), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 4, 37, 512])
+def test_unpermute_adds_to_the_same_bits_whatever_way_it_takes(dtype: torch.dtype, width: int) -> None:
+    permutation = sort_by_expert(random_routing(23, 6, 3, ragged=False))
+    assert permutation.rows_of_token is not None
+    rows = (torch.randn(69, width) * torch.randn(69, 1).exp()).to(dtype).requires_grad_()
+    expected = torch.zeros(23, width, dtype=dtype)
+    for k in range(3):
+        expected = expected + rows.detach()[permutation.rows_of_token[:, k]]
+    y = unpermute(rows, permutation)
+    assert torch.equal(y, expected)
+    grad_y = torch.randn(23, width).to(dtype)
+    (grad_rows,) = torch.autograd.grad(y, rows, grad_y)
+    assert torch.equal(grad_rows, grad_y[permutation.token_ids])
+
+
+@pytest.mark.parametrize("num_experts", [1, 256, 257, 3000])
+def test_the_sort_is_stable_for_any_number_of_experts(num_experts: int) -> None:
+    routing = random_routing(500, num_experts, 1, ragged=False)
+    keys = sorted(range(500), key=lambda n: (int(routing.expert_ids[n]), n))
+    assert sort_by_expert(routing).order.tolist() == keys
+
+
 @pytest.mark.parametrize("num_tokens", [0, 23])
 @pytest.mark.parametrize("ragged", [False, True], ids=["every token has K rows", "tokens have 0 to K rows"])
 def test_weighted_inputs_are_one_row_per_assignment(num_tokens: int, ragged: bool) -> None:

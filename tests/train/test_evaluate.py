@@ -1,6 +1,7 @@
 """Evaluation against sums written out. B sequences, L positions, E experts."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,40 @@ def test_load_is_counted_per_domain_layer_and_expert() -> None:
     result = evaluate(model, batches, torch.ones(30, dtype=torch.int64), num_domains=3)
     assert torch.equal(result.load, expected)
     assert model.training
+
+
+def test_the_routing_is_that_of_all_batches_together() -> None:
+    model = Transformer(CONFIG)
+    model.init_weights(0)
+    batches = make_batches()
+    result = evaluate(model, batches, torch.ones(30, dtype=torch.int64), num_domains=3)
+    assert torch.equal(result.routing.load, result.load.sum(0))
+    row, routings = result.routing.row(), []
+    model(torch.cat([tokens for tokens, _, _ in batches]), routings=routings)
+    logits = torch.stack([routing.logits for routing in routings]).double()
+    assert row["max_vio"] == pytest.approx(result.max_vio, abs=1e-4)
+    assert row["router_logit_rms"] == pytest.approx(float(logits.square().mean().sqrt()), rel=1e-4)
+    assert row["router_logit_max"] == pytest.approx(float(logits.abs().max()), rel=1e-4)
+    assert (row["dropped"], row["experts_per_token"]) == (0, 2)
+
+
+def test_a_dense_model_has_no_routing() -> None:
+    model = Transformer(replace(CONFIG, moe=None, intermediate_size=16))
+    model.init_weights(0)
+    result = evaluate(model, make_batches(), torch.ones(30, dtype=torch.int64))
+    assert result.load.shape == (1, 0, 0)
+    assert result.max_vio is None
+    assert set(result.routing.row().values()) == {None}
+
+
+@pytest.mark.parametrize("kind", ["num_zero_experts", "num_copy_experts", "num_constant_experts"])
+def test_experts_that_compute_nothing_are_counted(kind: str) -> None:
+    assert CONFIG.moe is not None
+    model = Transformer(replace(CONFIG, moe=replace(CONFIG.moe, **{kind: 3})))
+    model.init_weights(0)
+    result = evaluate(model, make_batches(), torch.ones(30, dtype=torch.int64))
+    assert result.load.shape == (1, 2, 4 + 3)
+    assert int(result.load.sum()) == 42 * 2 * 2
 
 
 def test_no_text_is_an_error() -> None:

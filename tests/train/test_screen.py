@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from moesaic.train.routing_statistics import RoutingStatistics
 from moesaic.train.screen import GREY, MAX_COST, ORANGE, RED, Screen, heat_strip, sparkline
 
 
@@ -30,12 +31,15 @@ def train_row(step: int, *, layers: int = 4, experts: int = 16, **changes: Any) 
     return {
         "kind": "train", "step": step, "tokens": step * 8192, "loss": 2.7 + 3 / step, "lr": 3e-3, "grad_norm": 0.51,
         "tokens_per_second": 12_400.0, "mfu": 0.312, "seconds": 0.2 * step, "aux_loss": 1.0, "z_loss": 0.1,
-        "max_vio": 0.42, "dead_experts": 0, "load": load, "skipped": False, **changes,
+        "max_vio": 0.42, "max_vio_layers": [0.42] * layers, "dead_experts": 0, "load": load, "dropped": 0.0,
+        "experts_per_token": 2.0, "router_entropy": 0.934, "router_logit_rms": 1.523, "router_logit_max": 9.1,
+        "skipped": False, **changes,
     }  # fmt: skip
 
 
 EVALUATION = {"kind": "eval", "step": 100, "val_loss": 2.9873, "bits_per_byte": 1.2711, "max_vio": 0.31}
-DENSE = {"load": None, "max_vio": None, "dead_experts": None}
+ROUTING_KEYS = RoutingStatistics(0).row().keys()
+DENSE = dict.fromkeys(ROUTING_KEYS)
 
 
 def live_screen(width: int = 80, height: int = 24, clock: Any = None) -> tuple[Screen, io.StringIO]:
@@ -65,6 +69,7 @@ def test_the_live_screen_shows_everything_within_the_terminal(width: int, layers
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
     numbers = "2.7300|12.4k tokens/s|MFU 31.2 %|rate 3.00e-03|gradient norm 0.510|MaxVio 0.42|0 dead experts|2.9873"
+    numbers += "|entropy 0.93|logit RMS 1.52"
     for shown in (
         *numbers.split("|"),
         "step 100 of 1,200",
@@ -84,7 +89,38 @@ def test_a_dense_run_shows_no_experts():
     screen.step(train_row(1) | DENSE)
     screen.stop()
     assert "loss" in output.getvalue()
-    assert not re.search("balance|layer|MaxVio|dead", output.getvalue())
+    assert not re.search("balance|layer|MaxVio|dead|router|entropy|RMS|dropped", output.getvalue())
+
+
+@pytest.mark.parametrize("make", [live_screen, plain_screen])
+@pytest.mark.parametrize(
+    ("dropped", "shown"), [(0.0, None), (None, None), (0.0123, "1.2 % dropped"), (1e-5, "under 0.1 % dropped")]
+)
+def test_dropped_assignments_are_shown_where_there_are_any(make: Any, dropped: float | None, shown: str | None):
+    screen, output = make(clock=Clock())
+    screen.start("run", 10)
+    screen.step(train_row(1, dropped=dropped))
+    screen.stop()
+    assert ("dropped" in output.getvalue()) == (shown is not None)
+    assert shown is None or shown in output.getvalue()
+
+
+def test_a_router_without_logits_has_no_line_of_its_own():
+    screen, output = live_screen()
+    screen.start("run", 10)
+    screen.step(train_row(1, router_entropy=None, router_logit_rms=None, router_logit_max=None))
+    screen.stop()
+    assert "MaxVio 0.42" in output.getvalue()
+    assert not re.search("router|entropy|RMS", output.getvalue())
+
+
+def test_long_numbers_of_the_balance_stay_whole_in_80_columns():
+    screen, output = live_screen(80)
+    screen.start("run", 10)
+    screen.step(train_row(1, max_vio=127.44, dead_experts=6143, dropped=0.877, router_logit_rms=123456.789))
+    screen.stop()
+    assert "MaxVio 127.44   6143 dead experts   87.7 % dropped" in output.getvalue()
+    assert "entropy 0.93   logit RMS 1.23e+05" in output.getvalue()
 
 
 @pytest.mark.parametrize("make", [live_screen, plain_screen])

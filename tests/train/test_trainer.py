@@ -23,7 +23,7 @@ from moesaic.errors import MoesaicError, UsageError
 from moesaic.model.transformer import Transformer
 from moesaic.train.data import prepare_data
 from moesaic.train.metrics import read_metrics
-from moesaic.train.run import run_training
+from moesaic.train.run import _advice, run_training
 from moesaic.train.screen import Screen
 from moesaic.train.trainer import Trainer
 
@@ -85,8 +85,6 @@ def rows(directory: Path, kind: str) -> list[dict[str, object]]:
 def test_accumulated_micro_batches_make_the_same_update(
     config: TrainConfig, tmp_path: Path, micro_batch_size: int, checkpointing: bool
 ) -> None:
-    """Without the Switch loss, which is defined per micro-batch: loss, norm, load and biases are those of the batch."""
-    config = replace(config, balance=replace(config.balance, aux_loss_coef=0.0))
     whole = make_trainer(config, tmp_path)
     cut = make_trainer(
         replace(config, micro_batch_size=micro_batch_size, activation_checkpointing=checkpointing), tmp_path
@@ -95,7 +93,8 @@ def test_accumulated_micro_batches_make_the_same_update(
         expected, got = whole.train_step(), cut.train_step()
         assert got.loss == pytest.approx(expected.loss, rel=1e-5)
         assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
-        assert got.z_loss == pytest.approx(expected.z_loss, rel=1e-5)
+        assert got.batch.z_loss == pytest.approx(expected.batch.z_loss, rel=1e-5)
+        assert got.batch.aux_loss == pytest.approx(expected.batch.aux_loss, rel=1e-5)
         assert torch.equal(got.load, expected.load)
     for name, value in state(whole).items():
         torch.testing.assert_close(state(cut)[name], value, rtol=1e-3, atol=1e-5, msg=name)
@@ -109,6 +108,38 @@ def test_the_bias_moves_once_per_step_and_not_in_evaluation(config: TrainConfig,
     before = state(trainer)
     trainer.evaluate()
     assert all(torch.equal(value, before[name]) for name, value in state(trainer).items())
+
+
+def test_noise_follows_from_the_seed_the_step_and_the_sequence(config: TrainConfig, tmp_path: Path) -> None:
+    """And belongs to training: whoever left the model in evaluation mode changes nothing."""
+    moe = MoEConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, router="noisy_topk")
+    config = replace(config, model=replace(MODEL, moe=moe), balance=BalanceConfig(aux_loss_coef=0.01))
+    whole = make_trainer(config, tmp_path)
+    cut = make_trainer(replace(config, micro_batch_size=2), tmp_path)
+    cut.model.eval()
+    expected, got = whole.train_step(), cut.train_step()
+    assert got.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert torch.equal(got.load, expected.load)
+    other = make_trainer(replace(config, seed=config.seed + 1), tmp_path)
+    keys = [trainer._batch().noise_keys for trainer in (whole, other)]
+    whole.step += 1
+    keys = torch.cat([key for key in (*keys, whole._batch().noise_keys) if key is not None])
+    assert len(keys.unique()) == 3 * config.batch_size
+
+
+def test_advice_names_what_is_allowed_and_rarely_meant(config: TrainConfig) -> None:
+    def advice(router: str, balance: BalanceConfig) -> str:
+        moe = MoEConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, router=router)  # type: ignore[arg-type]
+        return " ".join(_advice(replace(config, model=replace(MODEL, moe=moe), balance=balance)))
+
+    assert "nothing balances the load, so experts may die; set balance.aux_loss_coef" in advice(
+        "softmax_topk", BalanceConfig()
+    )
+    assert "nothing balances" not in advice("softmax_topk", BalanceConfig(aux_loss_coef=0.1))
+    assert "nothing balances" not in advice("relu", BalanceConfig())
+    assert "with the router expert_choice the experts of a token depend on later tokens" in advice(
+        "expert_choice", BalanceConfig()
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

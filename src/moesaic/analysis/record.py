@@ -1,4 +1,4 @@
-"""Recording what the routers decide, from outside the model.
+"""Recording what the routers decide, and having them decide it again, from outside the model.
 
 T tokens of all recorded passes, E experts, K experts per token, N assignments.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesaic.errors import UsageError
 from moesaic.model.transformer import Transformer
 from moesaic.ops import Routing
 
@@ -62,6 +63,11 @@ class RoutingTrace:
     def __getitem__(self, layer: int) -> LayerTrace:
         return self.layers[layer]
 
+    @property
+    def num_passes(self) -> int:
+        """Forward passes recorded."""
+        return len(self.layers[0].routings) if self.layers else 0
+
 
 @contextmanager
 def record_routing(model: Transformer) -> Iterator[RoutingTrace]:
@@ -89,3 +95,34 @@ def record_routing(model: Transformer) -> Iterator[RoutingTrace]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def replay_routing(model: Transformer, trace: RoutingTrace) -> Iterator[None]:
+    """`with replay_routing(model, trace): model(tokens)` sends the tokens to the experts of the trace.
+
+    The first forward pass takes the choices of the first recorded pass, the second those of the second, and so on; each
+    must have as many tokens. Weights are computed anew with gradients, so that one can train with a trace, too: of
+    another model, of another precision, or of an earlier policy (arXiv 2510.11370 replays the routing of rollouts
+    in reinforcement learning).
+
+    Raises:
+        UsageError: by a pass that the trace has nothing for.
+    """
+    done = 0
+
+    def hand_in(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        nonlocal done
+        if done == trace.num_passes:
+            raise UsageError(f"the trace holds {done} forward passes, and this is one more; record as many")
+        replay = [layer.routings[done] for layer in trace]
+        done += 1
+        return args, {**kwargs, "replay": replay}
+
+    handle = model.register_forward_pre_hook(hand_in, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

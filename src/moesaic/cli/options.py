@@ -65,6 +65,8 @@ class SamplingOptions:
     "Draw from the k most likely tokens; 0 means all."
     seed: int = 0
     "The same seed gives the same text."
+    allow_lookahead: Annotated[bool, Parameter(negative="")] = False
+    "Generate also where routers look at later tokens (expert choice), slowly."
 
     def to_config(self) -> SamplingConfig:
         return SamplingConfig(
@@ -73,6 +75,7 @@ class SamplingOptions:
             top_p=self.top_p,
             top_k=self.top_k,
             seed=self.seed,
+            allow_lookahead=self.allow_lookahead,
         )
 
 

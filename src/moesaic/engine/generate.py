@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -50,9 +51,20 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    allow_lookahead: bool = False,
 ) -> str:
-    """The continuation of `prompt`, without the prompt itself."""
-    config = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    """The continuation of `prompt`, without the prompt itself.
+
+    Raises UsageError for a model whose routers look at later tokens, unless `allow_lookahead`.
+    """
+    config = SamplingConfig(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        allow_lookahead=allow_lookahead,
+    )
     generation = Generation(prompt_tokens=0)
     for _ in stream(model, tokenizer, tokenizer.encode(prompt, add_special_tokens=True), config, generation):
         pass
@@ -66,24 +78,18 @@ def stream(
     """Yield text as it is decoded, until an end-of-sequence token or `max_tokens`; statistics go to `generation`.
 
     Raises:
-        UsageError: the prompt is empty, or it and max_tokens exceed the model's positions.
+        UsageError: the prompt is empty, it and max_tokens exceed the model's positions, or the routers look at later
+            tokens and `config.allow_lookahead` is not set.
     """
+    _require_causal(model, config)
     _require_room(model, len(prompt_ids), config.max_tokens)
-    weight = model.embed_tokens.weight
-    kv = KVCache(
-        model.config,
-        batch_size=1,
-        capacity=len(prompt_ids) + config.max_tokens,
-        dtype=weight.dtype,
-        device=weight.device,
-    )
+    next_logits = _Continuation(model, capacity=len(prompt_ids) + config.max_tokens)
     generation.prompt_tokens = len(prompt_ids)
     sampler, decoder = Sampler(config), tokenizer.decoder()
     end_ids = set(model.config.eos_token_ids) or {tokenizer.eos_id}
 
     start = time.perf_counter()
-    logits_V = model(torch.tensor([prompt_ids], device=weight.device), kv=kv, logits_to_keep=1)[0, -1]
-    token_id = sampler.draw(logits_V)
+    token_id = sampler.draw(next_logits.after(prompt_ids))
     generation.prefill_seconds = time.perf_counter() - start
 
     while token_id not in end_ids:
@@ -94,18 +100,60 @@ def stream(
         if len(generation.token_ids) == config.max_tokens:
             break
         start = time.perf_counter()
-        logits_V = model(torch.tensor([[token_id]], device=weight.device), kv=kv)[0, -1]
-        token_id = sampler.draw(logits_V)
+        token_id = sampler.draw(next_logits.after([token_id]))
         generation.decode_seconds += time.perf_counter() - start
     rest = decoder.flush()
     generation.text += rest
     yield rest
 
 
+class _Continuation:
+    """The logits that follow a growing text. Keys and values are cached; where routers look at later tokens, what an
+    earlier token gets may change with each new one, and the whole text is computed anew."""
+
+    def __init__(self, model: Transformer, capacity: int) -> None:
+        weight = model.embed_tokens.weight
+        self._model, self._device = model, weight.device
+        self._kv = None
+        if not model.config.looks_ahead:
+            self._kv = KVCache(
+                model.config, batch_size=1, capacity=capacity, dtype=weight.dtype, device=weight.device
+            )  # fmt: skip
+        self._ids: list[int] = []
+
+    def after(self, new_ids: list[int]) -> torch.Tensor:
+        """(V,) after the text so far and `new_ids`."""
+        self._ids += new_ids
+        tokens_1L = torch.tensor([new_ids if self._kv else self._ids], device=self._device)
+        with _evaluation_mode(self._model):
+            return self._model(tokens_1L, kv=self._kv, logits_to_keep=1)[0, -1]
+
+
+@contextmanager
+def _evaluation_mode(model: Transformer) -> Iterator[None]:
+    """A model in training would draw noise and drop tokens."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def peak_bytes() -> int:
     """Largest resident set of this process so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _require_causal(model: Transformer, config: SamplingConfig) -> None:
+    if model.config.looks_ahead and not config.allow_lookahead:
+        assert model.config.moe is not None
+        raise UsageError(
+            f"with the router {model.config.moe.router} the experts of a token depend on later tokens, which are not "
+            "known here: such a model saw the future in training, and its text is worse than its loss says. "
+            "--allow-lookahead (allow_lookahead=True) generates anyway"
+        )
 
 
 def _require_room(model: Transformer, prompt_tokens: int, max_tokens: int) -> None:

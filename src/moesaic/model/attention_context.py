@@ -1,9 +1,9 @@
 """What the attention of all layers shares in one forward pass: it depends on positions alone, so it is computed once.
 
-B batch, L new tokens, S all tokens attended to, r rotary dim.
+B batch, L new tokens, P some of them, S all tokens attended to, r rotary dim.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from moesaic.model_config import LayerType
 class AttentionContext:
     """Tables of the new tokens' positions, and the cache that holds the earlier tokens."""
 
+    positions: Tensor
+    """(B, L) int64, negative for padding."""
     rotary: tuple[Tensor, Tensor]
     """cos and sin, each (B, 1, L, r), for layers with RoPE."""
     temperature: Tensor | None
@@ -26,6 +28,35 @@ class AttentionContext:
     masks: dict[LayerType, Tensor | None]
     """By layer type: (B, 1, L, S), True where a query sees a key; None means plainly causal with L = S."""
     kv: KVCache | None
+
+    def of_tokens(self, config: ModelConfig, index: Tensor, present: Tensor) -> "AttentionContext":
+        """For the tokens `index` (B, P) of each sequence alone, padding where not `present` (B, P); without a cache.
+
+        They keep the tables of their positions, so that each is turned as if all tokens were there.
+        """
+        positions_BP = self.positions.gather(1, index).masked_fill(~present, -1)
+        index_B1P1 = index[:, None, :, None]
+
+        def of_table(table: Tensor) -> Tensor:
+            return table.take_along_dim(index_B1P1, dim=2)
+
+        cos, sin = self.rotary
+        return replace(
+            self,
+            positions=positions_BP,
+            rotary=(of_table(cos), of_table(sin)),
+            temperature=None if self.temperature is None else of_table(self.temperature),
+            masks=attention_masks(config, positions_BP, positions_BP, plainly_causal=False),
+        )
+
+    def of_layer(self, config: ModelConfig, layer_index: int, present: Tensor) -> "AttentionContext":
+        """For a layer that computes only the new tokens that are `present` (B, L): the others are padding to it, also
+        as keys of later tokens. With a cache, which remembers them; call once in a forward pass."""
+        assert self.kv is not None
+        positions_BL = self.positions.masked_fill(~present, -1)
+        key_positions_BS = self.kv.extend_layer(layer_index, positions_BL)
+        masks = attention_masks(config, positions_BL, key_positions_BS, plainly_causal=False)
+        return replace(self, positions=positions_BL, masks=masks)
 
 
 def make_attention_context(
@@ -35,6 +66,7 @@ def make_attention_context(
     steps = positions.clamp_min(0)
     key_positions = positions if kv is None else kv.positions[:, : kv.length]
     return AttentionContext(
+        positions=positions,
         rotary=rotary_tables(steps, config),
         temperature=_temperature(config, steps),
         masks=attention_masks(config, positions, key_positions, plainly_causal=plainly_causal),

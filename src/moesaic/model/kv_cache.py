@@ -14,7 +14,8 @@ class KVCache:
     """Room for `capacity` tokens of `batch_size` sequences in every layer.
 
     A slot's position is -1 while it holds nothing or padding, so that sequences of unequal length share a batch. With
-    latent attention the one cached head is the latent followed by the position's key, and values have no width.
+    latent attention the one cached head is the latent followed by the position's key, and values have no width. Where
+    tokens may pass a layer by, `layer_positions` holds the positions of those that did not.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class KVCache:
         self.keys = torch.zeros((*shape, key_size), dtype=dtype, device=device)
         self.values = torch.zeros((*shape, value_size), dtype=dtype, device=device)
         self.positions = torch.full((batch_size, capacity), -1, dtype=torch.int64, device=device)
+        self.layer_positions = {index: self.positions.clone() for index in config.depth_layers}
         self.length = 0
 
     @property
@@ -54,6 +56,13 @@ class KVCache:
             )
         self.positions[:, self.length : end] = positions
         self.length = end
+
+    def extend_layer(self, layer_index: int, positions: Tensor) -> Tensor:
+        """Note the positions (B, L) of this forward pass's tokens in a layer that some pass by, -1 for these, in the
+        slots that `extend` claimed; returns those of all slots, (B, length)."""
+        layer_positions = self.layer_positions[layer_index]
+        layer_positions[:, self.length - positions.shape[1] : self.length] = positions
+        return layer_positions[:, : self.length]
 
     def write(self, layer_index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store this forward pass's keys (B, G, L, k) and values (B, G, L, v); return all, (B, G, length, k or v)."""

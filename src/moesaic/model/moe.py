@@ -9,38 +9,50 @@ from torch import Tensor, nn
 from moesaic.config import ModelConfig
 from moesaic.model.dispatch import Dispatcher, LocalDispatcher
 from moesaic.model.experts import Experts
+from moesaic.model.free_experts import FreeExperts
 from moesaic.model.mlp import MLP
-from moesaic.model.router import make_router
+from moesaic.model.routers import Router, make_router
+from moesaic.model.routing_context import RoutingContext
 from moesaic.ops import Routing
 
 
-class MoE(nn.Module):
-    """x (B, L, D) -> (B, L, D) and the routing that was used.
+class ExpertLayer(nn.Module):
+    """x (B, L, D) -> (B, L, D) and the routing that was used: what is common to all layers of experts.
 
     Shared experts, one MLP that every token visits (DeepSeekMoE, arXiv 2401.06066), add to the routed ones; with
     `shared_expert_gate` a sigmoid of the token weighs what they add (Qwen2-MoE, arXiv 2407.10671).
     """
 
-    def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
+    def __init__(self, config: ModelConfig, router: Router, backend: str) -> None:
         super().__init__()
-        assert config.moe is not None
-        self.router = make_router(config)
+        moe = config.moe
+        assert moe is not None
+        self.router = router
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.experts = Experts(config, backend)
-        hidden_size, shared_size = config.hidden_size, config.moe.shared_intermediate_size
-        self.shared_experts = MLP(hidden_size, shared_size, config.mlp_bias) if shared_size else None
-        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if config.moe.shared_expert_gate else None
+        has_outputs = moe.num_copy_experts + moe.num_constant_experts > 0
+        self.free_experts = FreeExperts(config.hidden_size, moe) if has_outputs else None
+        shared_size = moe.shared_intermediate_size
+        self.shared_experts = MLP(config.hidden_size, shared_size, config.mlp_bias) if shared_size else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if moe.shared_expert_gate else None
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """`mask` (B, L) is False for padding, which no routed expert sees."""
+    def forward(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
+        """No routed expert sees what the context calls padding."""
         x_TD = x.flatten(0, 1)
-        routing = self.router(x_TD, None if mask is None else mask.flatten())
-        x_RD, local_routing, handle = self.dispatcher.dispatch(x_TD, routing)
-        y_RD = self.experts(x_RD, local_routing)
-        y_TD = self.dispatcher.combine(y_RD, handle)
+        y_TD, routing = self.routed(x_TD, context)
         if self.shared_experts is not None:
             y_TD = y_TD + self._shared(x_TD)
         return y_TD.view_as(x), routing
+
+    def routed(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
+        """x (T, D) -> what the routed experts add (T, D), and the routing."""
+        raise NotImplementedError
+
+    def compute(self, x: Tensor, routing: Routing) -> Tensor:
+        """x (T, D) -> the weighted sum of each token's experts (T, D), on whatever ranks these are."""
+        x_RD, local_routing, handle = self.dispatcher.dispatch(x, routing)
+        y_RD = self.experts(x_RD, local_routing)
+        return self.dispatcher.combine(y_RD, handle)
 
     def _shared(self, x: Tensor) -> Tensor:
         assert self.shared_experts is not None
@@ -48,3 +60,21 @@ class MoE(nn.Module):
         if self.shared_expert_gate is None:
             return shared_TD
         return torch.sigmoid(self.shared_expert_gate(x)) * shared_TD
+
+
+class MoE(ExpertLayer):
+    """Each token visits the experts that the router chooses; those that compute nothing get no row of work."""
+
+    def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
+        super().__init__(config, make_router(config), backend)
+        assert config.moe is not None
+        self.num_experts = config.moe.num_experts
+
+    def routed(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
+        routing = self.router(x, context)
+        if routing.num_experts == self.num_experts:
+            return self.compute(x, routing), routing
+        y_TD = self.compute(x, routing.of_first_experts(self.num_experts))
+        if self.free_experts is not None:
+            y_TD = y_TD + self.free_experts(x, routing)
+        return y_TD, routing

@@ -1,4 +1,4 @@
-"""Normalisations, all computed in float32: RMSNorm (arXiv 1910.07467) and LayerNorm (arXiv 1607.06450)."""
+"""RMSNorm (arXiv 1910.07467) and LayerNorm (arXiv 1607.06450), computed in float32, or in float64 where x is."""
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,9 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return functional.layer_norm(x.float(), (x.shape[-1],), self.weight.float(), bias, self.eps).to(x.dtype)
+        dtype = _wide(x)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return functional.layer_norm(x.to(dtype), (x.shape[-1],), self.weight.to(dtype), bias, self.eps).to(x.dtype)
 
 
 def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
@@ -42,4 +43,10 @@ def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
 
 def rms_normalize(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
     """x (..., size) / rms(x), times `weight` (size,) where there is one, in x's dtype."""
-    return functional.rms_norm(x.float(), (x.shape[-1],), None if weight is None else weight.float(), eps).to(x.dtype)
+    dtype = _wide(x)
+    weight = None if weight is None else weight.to(dtype)
+    return functional.rms_norm(x.to(dtype), (x.shape[-1],), weight, eps).to(x.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

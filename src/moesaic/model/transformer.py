@@ -1,25 +1,28 @@
 """The decoder, top-down: tokens -> embedding -> blocks (attention, then MoE or MLP) -> norm -> logits.
 
-B batch, L new tokens, S all tokens attended to, D hidden size, V vocabulary.
+B batch, L new tokens, D hidden size, V vocabulary.
 """
 
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from moesaic.config import ModelConfig
-from moesaic.model.attention import Attention
+from moesaic.errors import UsageError
 from moesaic.model.attention_context import AttentionContext, make_attention_context
+from moesaic.model.block import Block, BlockRouting
+from moesaic.model.depth import DepthBlock
 from moesaic.model.initialize import initialize
 from moesaic.model.kv_cache import KVCache
-from moesaic.model.latent_attention import LatentAttention
-from moesaic.model.mlp import MLP
-from moesaic.model.moe import MoE
-from moesaic.model.norm import LayerNorm, RMSNorm, make_norm
-from moesaic.ops import Routing, require_known
+from moesaic.model.moe import ExpertLayer
+from moesaic.model.noise import combine
+from moesaic.model.norm import make_norm
+from moesaic.model.routing_context import RoutingContext
+from moesaic.ops import Choice, Routing, require_known
 
 
 class Transformer(nn.Module):
@@ -38,7 +41,10 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False
         )
-        self.layers = nn.ModuleList(Block(config, index, backend) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            (DepthBlock if index in config.depth_layers else Block)(config, index, backend)
+            for index in range(config.num_hidden_layers)
+        )
         self.norm = make_norm(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
@@ -54,6 +60,9 @@ class Transformer(nn.Module):
         kv: KVCache | None = None,
         *,
         routings: list[Routing] | None = None,
+        depth_routings: list[Routing] | None = None,
+        replay: Sequence[Routing] | None = None,
+        noise_keys: Tensor | None = None,
         logits_to_keep: int | None = None,
     ) -> Tensor:
         """tokens (B, L) int64 -> logits (B, L, V).
@@ -62,6 +71,10 @@ class Transformer(nn.Module):
             positions: (B, L) int64, negative for padding; default: consecutive, after what `kv` holds.
             kv: keys and values of earlier tokens; the new ones are added.
             routings: a list that receives the Routing of each MoE layer, in order.
+            depth_routings: a list that receives a Routing of each block that tokens may pass by, in order: its rows are
+                the tokens that the block computes.
+            replay: such a list of an earlier pass over as many tokens, whose experts are chosen again and weighed anew.
+            noise_keys: (B,) int64, from which routers with noise draw it in training; default: torch's generator.
             logits_to_keep: compute logits for this many last tokens of each sequence only.
         """
         implied_positions = positions is None
@@ -71,16 +84,26 @@ class Transformer(nn.Module):
         if kv is not None:
             kv.extend(positions)
         context = make_attention_context(self.config, positions, kv, plainly_causal=plainly_causal)
-        padding_mask = None if implied_positions or bool((positions >= 0).all()) else positions >= 0
+        mask = None if implied_positions or bool((positions >= 0).all()) else positions >= 0
+        keys_BL = None if noise_keys is None else combine(noise_keys.unsqueeze(1), positions)
+        recorded = self._recorded_choices(replay, tokens.numel())
 
         x_BLD = self._embed(tokens)
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
+            seen = RoutingContext(
+                tokens=tokens,
+                mask=mask,
+                noise_keys=None if keys_BL is None else combine(keys_BL, index),
+                replay=recorded.get(index),
+            )
             if self.activation_checkpointing and torch.is_grad_enabled() and kv is None:
-                x_BLD, routing = _checkpointed(block, x_BLD, context, padding_mask)
+                x_BLD, routing = _checkpointed(block, x_BLD, context, seen)
             else:
-                x_BLD, routing = block(x_BLD, context, padding_mask)
-            if routings is not None and routing is not None:
-                routings.append(routing)
+                x_BLD, routing = block(x_BLD, context, seen)
+            if routings is not None and routing.experts is not None:
+                routings.append(routing.experts)
+            if depth_routings is not None and routing.depth is not None:
+                depth_routings.append(routing.depth)
         if logits_to_keep is not None:
             x_BLD = x_BLD[:, -logits_to_keep:]
         return self._logits(self.norm(x_BLD))
@@ -91,12 +114,12 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     @property
-    def blocks(self) -> list["Block"]:
+    def blocks(self) -> list[Block]:
         return cast(list[Block], list(self.layers))
 
     @property
-    def moe_layers(self) -> list[MoE]:
-        return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, MoE)]
+    def moe_layers(self) -> list[ExpertLayer]:
+        return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, ExpertLayer)]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x_BLD = self.embed_tokens(tokens)
@@ -108,6 +131,29 @@ class Transformer(nn.Module):
         logits_BLV = nn.functional.linear(x, self.head_weight, bias)
         return logits_BLV if self.config.logits_scaling == 1.0 else logits_BLV / self.config.logits_scaling
 
+    def _recorded_choices(self, replay: Sequence[Routing] | None, num_tokens: int) -> dict[int, tuple[Choice, ...]]:
+        """By layer, what its router is to choose."""
+        if replay is None:
+            return {}
+        self._require_replayable()
+        sparse = [index for index, block in enumerate(self.blocks) if isinstance(block.feed_forward, ExpertLayer)]
+        sizes = {routing.num_tokens for routing in replay}
+        if len(replay) != len(sparse) or sizes - {num_tokens}:
+            raise UsageError(
+                f"the recorded routing has {len(replay)} layers of {', '.join(map(str, sorted(sizes)))} tokens, and "
+                f"this pass {len(sparse)} layers of {num_tokens}; replay it on the tokens that it was recorded from"
+            )
+        return {index: (routing.decision,) for index, routing in zip(sparse, replay, strict=True)}
+
+    def _require_replayable(self) -> None:
+        if self.config.moe is not None and self.config.moe.router == "soft":
+            raise UsageError("the router soft chooses no experts, so that nothing can be replayed; pass no replay")
+        if self.config.depth_layers:
+            raise UsageError(
+                f"tokens may pass by layers {', '.join(map(str, self.config.depth_layers))} (depth_layers), and a "
+                "recorded routing of experts does not tell which did; pass no replay"
+            )
+
     @staticmethod
     def _consecutive_positions(tokens: Tensor, kv: KVCache | None) -> Tensor:
         steps_L = torch.arange(tokens.shape[1], device=tokens.device)
@@ -116,49 +162,19 @@ class Transformer(nn.Module):
         return kv.next_positions.unsqueeze(1) + steps_L
 
 
-class Block(nn.Module):
-    """Attention, then a feed-forward; each adds to the residual stream, its input or its output normalised."""
+def _checkpointed(
+    block: Block, x: Tensor, context: AttentionContext, seen: RoutingContext
+) -> tuple[Tensor, BlockRouting]:
+    """Recompute the block in the backward pass, with the choices that its routers made in the forward pass.
 
-    def __init__(self, config: ModelConfig, layer_index: int, backend: str) -> None:
-        super().__init__()
-        self.norm_placement = config.norm_placement
-        self.residual_multiplier = config.residual_multiplier
-        self.attention_norm = make_norm(config)
-        self.attention = LatentAttention(config, layer_index) if config.mla else Attention(config, layer_index)
-        self.feed_forward_norm = make_norm(config)
-        self.feed_forward = (
-            MoE(config, backend)
-            if config.is_moe_layer(layer_index)
-            else MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        )
-
-    def forward(
-        self, x: Tensor, context: AttentionContext, padding_mask: Tensor | None
-    ) -> tuple[Tensor, Routing | None]:
-        """x (B, L, D); `padding_mask` (B, L) is False for padding, None when there is none."""
-        update = self.attention(self._input(x, self.attention_norm), context)
-        x = self._add(x, update, self.attention_norm)
-        update, routing = self._feed_forward(self._input(x, self.feed_forward_norm), padding_mask)
-        return self._add(x, update, self.feed_forward_norm), routing
-
-    def _feed_forward(self, x: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Routing | None]:
-        if isinstance(self.feed_forward, MoE):
-            return self.feed_forward(x, padding_mask)
-        return self.feed_forward(x), None
-
-    def _input(self, x: Tensor, norm: RMSNorm | LayerNorm) -> Tensor:
-        return norm(x) if self.norm_placement == "pre" else x
-
-    def _add(self, x: Tensor, update: Tensor, norm: RMSNorm | LayerNorm) -> Tensor:
-        if self.norm_placement == "post":
-            update = norm(update)
-        return torch.add(x, update, alpha=self.residual_multiplier)
-
-
-def _checkpointed(block: Block, *inputs: object) -> tuple[Tensor, Routing | None]:
-    """Recompute the block in the backward pass, but keep the experts that the forward pass chose.
-
-    A recomputed logit may differ in its last bit and flip a near tie; saving the chosen ids rules that out.
+    A recomputed logit may differ in its last bit and flip a near tie; handing the choices in again rules that out.
     """
-    replay_choice = partial(create_selective_checkpoint_contexts, [torch.ops.aten.topk.default])
-    return checkpoint(block, *inputs, use_reentrant=False, context_fn=replay_choice)  # type: ignore[no-any-return]
+    made: list[BlockRouting] = []
+
+    def run(x: Tensor) -> tuple[Tensor, BlockRouting]:
+        y, routing = block(x, context, replace(seen, replay=made[0].decisions) if made else seen)
+        if not made:
+            made.append(replace(routing, experts=None, depth=None))
+        return y, routing
+
+    return checkpoint(run, x, use_reentrant=False)  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from moesaic.errors import UsageError
 from moesaic.ops.activation import ACTIVATIONS, Activation
 from moesaic.ops.grouped import grouped_experts
 from moesaic.ops.reference import reference_experts
-from moesaic.ops.routing import Routing
+from moesaic.ops.routing import Choice, Routing
 from moesaic.ops.weights import ExpertWeights
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "DTYPES",
     "Activation",
     "Backend",
+    "Choice",
     "ExpertShape",
     "ExpertWeights",
     "Routing",

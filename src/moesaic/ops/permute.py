@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moesaic.ops.routing import Routing
 
@@ -31,15 +32,17 @@ class Permutation:
 
 def sort_by_expert(routing: Routing) -> Permutation:
     """Stable sort of the assignments by expert, so that equal routings give equal row orders."""
-    order_N = torch.argsort(routing.expert_ids, stable=True)
+    # A radix sort takes time for every byte of a key; a stable order does not depend on the width.
+    narrow = torch.uint8 if routing.num_experts <= 256 else torch.int32
+    order_N = torch.argsort(routing.expert_ids.to(narrow), stable=True)
     rows_of_token_TK = None
     if routing.top_k is not None:
-        row_of_assignment_N = torch.empty_like(order_N)
-        row_of_assignment_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+        places_N = torch.arange(order_N.numel(), device=order_N.device)
+        row_of_assignment_N = torch.empty_like(order_N).scatter_(0, order_N, places_N)
         rows_of_token_TK = row_of_assignment_N.view(-1, routing.top_k)
     return Permutation(
         order=order_N,
-        token_ids=routing.token_ids[order_N],
+        token_ids=routing.token_ids.index_select(0, order_N),
         expert_offsets=routing.tokens_per_expert().cumsum(0).to(torch.int32),
         num_tokens=routing.num_tokens,
         rows_of_token=rows_of_token_TK,
@@ -55,6 +58,9 @@ def unpermute(rows: Tensor, permutation: Permutation) -> Tensor:
     """Sum rows (N, D) in expert order into tokens (T, D); tokens without a row get zeros."""
     if permutation.rows_of_token is not None:
         rows_of_token_TK = permutation.rows_of_token
+        if rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.numel():
+            # One pass over the rows where the loop makes K; it adds them in the same order, to the same bits.
+            return functional.embedding_bag(rows_of_token_TK, rows, mode="sum")
         y_TD = rows.index_select(0, rows_of_token_TK[:, 0])
         for k in range(1, rows_of_token_TK.shape[1]):
             y_TD += rows.index_select(0, rows_of_token_TK[:, k])

@@ -15,6 +15,7 @@ from moesaic.errors import MoesaicError
 from moesaic.model.balance import max_vio
 from moesaic.model.transformer import Transformer
 from moesaic.ops import Routing
+from moesaic.train.routing_statistics import RoutingStatistics
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Evaluation:
     tokens: int
     load: Tensor
     """(C, M, E) int64: rows per domain, layer and expert; C is 1 without domains, M is 0 for a dense model."""
+    routing: RoutingStatistics
+    """How the experts were used over all evaluated tokens."""
 
     @property
     def perplexity(self) -> float:
@@ -62,7 +65,8 @@ def evaluate(
     model.eval()
     device = model.embed_tokens.weight.device
     moe = model.config.moe
-    load = torch.zeros(num_domains, len(model.moe_layers), moe.num_experts if moe else 0, dtype=torch.int64)
+    load = torch.zeros(num_domains, len(model.moe_layers), moe.num_routed if moe else 0, dtype=torch.int64)
+    statistics = RoutingStatistics(len(model.moe_layers))
     nats, tokens, text_bytes = 0.0, 0, 0
     for tokens_BL, targets_BL, domains_B in batches:
         if num_domains == 1:
@@ -74,6 +78,7 @@ def evaluate(
         nats += float(functional.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="sum"))
         tokens += targets_BL.numel()
         text_bytes += int(token_bytes[targets_BL.flatten().cpu()].sum())
+        statistics.add(routings, model)
         for layer, routing in enumerate(routings):
             _count_by_domain(load[:, layer], routing, domains_B, tokens_BL.shape[1])
     model.train(was_training)
@@ -84,6 +89,7 @@ def evaluate(
         bits_per_byte=nats / math.log(2) / max(text_bytes, 1),
         tokens=tokens,
         load=load,
+        routing=statistics,
     )
 
 

@@ -1,30 +1,16 @@
-"""What is written down about a run: one JSON object a line, and TensorBoard events when asked for.
-
-M mixture-of-experts layers, E experts.
-"""
+"""What is written down about a run: one JSON object a line, and TensorBoard events when asked for."""
 
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from moesaic.errors import UsageError
-from moesaic.model.balance import max_vio
 
-
-def load_statistics(load: Tensor) -> dict[str, Any]:
-    """Balance of loads (M, E): `max_vio`, `dead_experts` (no row in the batch) and `load`, each expert's share."""
-    if load.numel() == 0:
-        return {"max_vio": None, "dead_experts": None, "load": None}
-    share_ME = load / load.sum(1, keepdim=True).clamp_min(1)
-    return {
-        "max_vio": round(max_vio(load), 4),
-        "dead_experts": int((load == 0).sum()),
-        "load": [[round(share, 4) for share in layer] for layer in share_ME.tolist()],
-    }
+LAYER_CURVES = ("max_vio_layers",)
+"""Lists of one number per layer that get a TensorBoard curve for each layer."""
 
 
 class MetricsLog:
@@ -40,9 +26,8 @@ class MetricsLog:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
-            for key, value in row.items():
-                if isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
-                    self._tensorboard.add_scalar(f"{row['kind']}/{key}", value, row["step"])
+            for key, value in _curves(row):
+                self._tensorboard.add_scalar(f"{row['kind']}/{key}", value, row["step"])
 
     def close(self) -> None:
         self._file.close()
@@ -69,6 +54,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if isinstance(row, dict) and isinstance(row.get("step"), int) and "kind" in row:
                 rows.append(row)
     return rows
+
+
+def _curves(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers of a row that make a curve."""
+    for key, value in row.items():
+        if key in LAYER_CURVES and value is not None:
+            yield from ((f"{key}/{layer}", number) for layer, number in enumerate(value, start=1))
+        elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
+            yield key, value
 
 
 def _tensorboard_writer(run_directory: Path, resume_step: int) -> Any:

@@ -29,6 +29,9 @@ from moesaic.train.trainer import Trainer
 # What may change when a run is resumed: nothing that decides an update.
 CHANGEABLE_ON_RESUME = {"checkpoint", "evaluate_every", "evaluation_tokens", "tensorboard", "max_nonfinite_steps"}
 
+# Those that need no loss and no bias: an even assignment, or an L1 loss of their own.
+BALANCED_ROUTERS = ("hash", "expert_choice", "soft", "sinkhorn", "base", "relu")
+
 
 def run_training(
     config: TrainConfig,
@@ -87,9 +90,15 @@ def _advice(config: TrainConfig) -> list[str]:
     """What a person would want to know before the run, although it is allowed."""
     moe, balance = config.model.moe, config.balance
     advice = []
-    if moe is not None and not balance.aux_loss_coef and not balance.bias_update_rate:
+    balances = balance.aux_loss_coef or balance.bias_update_rate
+    if moe is not None and moe.router not in BALANCED_ROUTERS and not balances:
         fix = "bias_update_rate = 0.01" if moe.has_expert_bias else "aux_loss_coef = 0.01"
         advice.append(f"nothing balances the load, so experts may die; set balance.{fix}")
+    if moe is not None and config.model.looks_ahead:
+        advice.append(
+            f"with the router {moe.router} the experts of a token depend on later tokens: this model sees the future, "
+            "so its loss is better than the text that it will generate, and --allow-lookahead must ask for that"
+        )
     try:
         family_for_export(config.model)
     except MoesaicError as error:

@@ -140,7 +140,7 @@ class Screen:
     def _plain_step(self) -> str:
         row, (_, left) = self._row, self._seconds()
         parts = [f"{self._counter(row['step'])}  loss {_number(row.get('loss'), '.4f')}"]
-        parts += [*_speed_parts(row), *_update_parts(row), *_balance_parts(row)]
+        parts += [*_speed_parts(row), *_update_parts(row), *_balance_parts(row), *_router_parts(row)]
         if row.get("skipped"):
             parts.append("update skipped")
         return "  ".join([*parts, f"left {_duration(left)}"])
@@ -188,6 +188,7 @@ class Screen:
             "speed": Text("   ".join(_speed_parts(row))),
             "update": Text("   ".join(_update_parts(row))),
             "balance": balance,
+            "router": Text("   ".join(_router_parts(row))),
         }
         return [Text.assemble((f"{name:<{LABEL_WIDTH}}", GREY), line) for name, line in lines.items() if line.plain]
 
@@ -295,6 +296,17 @@ def _balance_parts(row: Row) -> list[str]:
         parts.append(f"MaxVio {row['max_vio']:.2f}")
     if _is_number(row.get("dead_experts")):
         parts.append(f"{row['dead_experts']} dead expert{'' if row['dead_experts'] == 1 else 's'}")
+    if _is_number(row.get("dropped")) and row["dropped"] > 0:
+        parts.append(f"{_percent(row['dropped'])} dropped")
+    return parts
+
+
+def _router_parts(row: Row) -> list[str]:
+    parts = []
+    if _is_number(row.get("router_entropy")):
+        parts.append(f"entropy {row['router_entropy']:.2f}")
+    if _is_number(row.get("router_logit_rms")):
+        parts.append(f"logit RMS {row['router_logit_rms']:.3g}")
     return parts
 
 
@@ -304,6 +316,10 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 def _number(value: Any, form: str) -> str:
     return format(value, form) if _is_number(value) else "not finite"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.0005 else "under 0.1 %"
 
 
 def _short(value: float) -> str:

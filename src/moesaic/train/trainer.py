@@ -1,31 +1,30 @@
 """The training loop: batch -> micro-batches -> loss -> update -> balance -> record, until the last step.
 
-B sequences of a micro-batch, L positions, V vocabulary, M mixture-of-experts layers, E experts.
+B sequences of a batch, L positions, M mixture-of-experts layers, E experts.
 """
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moesaic.accounting import training_flops_per_token
 from moesaic.checkpoint.run_state import RunState, save_run_state
 from moesaic.config import TrainConfig
 from moesaic.config_io import to_mapping
 from moesaic.errors import MoesaicError
-from moesaic.model.balance import switch_loss, update_expert_bias, z_loss
+from moesaic.model.noise import combine
 from moesaic.model.transformer import Transformer
-from moesaic.ops import DTYPES, Routing
+from moesaic.ops import DTYPES
 from moesaic.ops.device import measured_matmul_peak
 from moesaic.train.data import PreparedData, TrainBatches, validation_batches
 from moesaic.train.evaluate import Evaluation, evaluate
-from moesaic.train.metrics import MetricsLog, load_statistics
+from moesaic.train.metrics import MetricsLog
+from moesaic.train.objective import Batch, BatchResult, accumulate_gradients, update_after_step
 from moesaic.train.optimizer import load_optimizer_tensors, make_optimizers, optimizer_tensors, set_learning_rates
 from moesaic.train.schedule import rate_factor
 from moesaic.train.screen import Screen
@@ -35,14 +34,19 @@ from moesaic.train.screen import Screen
 class Update:
     """What one optimizer step did."""
 
-    loss: float
-    aux_loss: float
-    z_loss: float
+    batch: BatchResult
     grad_norm: float
-    load: Tensor
-    """(M, E) int64: rows that each expert received in the whole batch."""
     skipped: bool
     """The loss or the gradient was not finite, so nothing was changed."""
+
+    @property
+    def loss(self) -> float:
+        return self.batch.loss
+
+    @property
+    def load(self) -> Tensor:
+        """(M, E) int64: rows that the tokens of the whole batch asked of each expert."""
+        return self.batch.statistics.load
 
 
 class Trainer:
@@ -102,25 +106,22 @@ class Trainer:
         """One optimizer step on batch number `self.step`; advances the step even when the update is skipped."""
         factor = rate_factor(self.step, self.config.steps, self.config.schedule)
         set_learning_rates(self.optimizers, factor)
-        tokens_BL, targets_BL = (part.to(self.device) for part in self.batches.batch(self.step))
-        size = self.config.micro_batch_size or self.config.batch_size
-        losses = [
-            self._backward(tokens, targets)
-            for tokens, targets in zip(tokens_BL.split(size), targets_BL.split(size), strict=True)
-        ]
-        loss, aux, z = (sum(values) / len(losses) for values in zip(*(parts[:3] for parts in losses), strict=True))
-        load_ME = torch.stack([parts[3] for parts in losses]).sum(0)
+        batch = self._batch().to(self.device)
+        micro_batches = batch.split(self.config.micro_batch_size or self.config.batch_size)
+        self.model.train()  # noise and capacities belong to training
+        balance = self.config.balance
+        result = accumulate_gradients(self.model, micro_batches, balance, dtype=DTYPES[self.config.dtype])
         clip = self.config.optimizer.gradient_clip or math.inf
         grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
-        skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+        skipped = not (math.isfinite(result.loss) and math.isfinite(grad_norm))
         if not skipped:
             for optimizer in self.optimizers:
                 optimizer.step()
-            self._update_biases(load_ME, factor)
+            update_after_step(self.model, result, balance, factor)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return Update(loss, aux, z, grad_norm, load_ME, skipped)
+        return Update(result, grad_norm, skipped)
 
     def evaluate(self, num_domains: int = 1) -> Evaluation:
         """Score `evaluation_tokens` of the validation text, spread evenly over it."""
@@ -134,35 +135,11 @@ class Trainer:
         dtype = DTYPES[config.dtype]
         return evaluate(self.model, batches, self.token_bytes, num_domains=num_domains, dtype=dtype)
 
-    def _backward(self, tokens: Tensor, targets: Tensor) -> tuple[float, float, float, Tensor]:
-        """Accumulate the gradients of one micro-batch; returns its loss, aux loss, z-loss and load (M, E).
-
-        All micro-batches hold equally many tokens, so the mean of their means is the batch's mean. The balance terms
-        are per micro-batch.
-        """
-        balance = self.config.balance
-        routings: list[Routing] = []
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-            logits_BLV = self.model(tokens, routings=routings)
-        loss = functional.cross_entropy(logits_BLV.flatten(0, 1).float(), targets.flatten())
-        total, aux, z = loss, loss.new_zeros(()), loss.new_zeros(())
-        if routings and balance.aux_loss_coef:
-            pairs = zip(self.model.moe_layers, routings, strict=True)
-            aux = _mean(switch_loss(routing, layer.router.scores(routing.logits)) for layer, routing in pairs)
-            total = total + balance.aux_loss_coef * aux
-        if routings and balance.z_loss_coef:
-            z = _mean(z_loss(routing) for routing in routings)
-            total = total + balance.z_loss_coef * z
-        (total / self.config.micro_batches).backward()
-        load = [routing.tokens_per_expert() for routing in routings]
-        load_ME = torch.stack(load) if load else torch.zeros(0, 0, dtype=torch.int64)
-        return float(loss.detach()), float(aux.detach()), float(z.detach()), load_ME
-
-    def _update_biases(self, load: Tensor, factor: float) -> None:
-        rate = factor * self.config.balance.bias_update_rate
-        if rate:
-            for layer, load_E in zip(self.model.moe_layers, load, strict=True):
-                update_expert_bias(layer.router, load_E, rate)
+    def _batch(self) -> Batch:
+        """Batch number `self.step`; its noise follows from the seed, the step and the sequence alone."""
+        tokens_BL, targets_BL = self.batches.batch(self.step)
+        step_key = combine(torch.tensor(self.config.seed), self.step)
+        return Batch(tokens_BL, targets_BL, noise_keys=combine(step_key, torch.arange(len(tokens_BL))))
 
     def _count_skipped(self, update: Update, screen: Screen) -> None:
         if not update.skipped:
@@ -189,13 +166,15 @@ class Trainer:
             "kind": "train",
             **self._progress(),
             "loss": _finite(update.loss),
-            "aux_loss": _finite(update.aux_loss),
-            "z_loss": _finite(update.z_loss),
+            "aux_loss": _finite(update.batch.aux_loss),
+            "z_loss": _finite(update.batch.z_loss),
+            "l1_loss": _finite(update.batch.l1_loss),
+            "depth_loss": _finite(update.batch.depth_loss),
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "grad_norm": _finite(update.grad_norm),
             "tokens_per_second": round(tokens_per_second, 1),
             "mfu": round(tokens_per_second * flops / peak_flops, 4),
-            **load_statistics(update.load),
+            **update.batch.statistics.row(),
             "skipped": update.skipped,
         }
 
@@ -207,7 +186,7 @@ class Trainer:
             "flops": progress["tokens"] * flops,
             "val_loss": _finite(evaluation.loss),
             "bits_per_byte": _finite(evaluation.bits_per_byte),
-            **load_statistics(evaluation.load.sum(0)),
+            **evaluation.routing.row(),
         }
 
     def _save(self, screen: Screen) -> int:
@@ -249,10 +228,6 @@ class Trainer:
         if self.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
-
-
-def _mean(values: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(values)).mean()
 
 
 def _finite(value: float) -> float | None:

@@ -9,7 +9,7 @@ from moesaic.checkpoint.families.keys import KeyPart, dense_layer_fields, dense_
 from moesaic.checkpoint.families.layout import Layout, decoder_layout
 from moesaic.config import MLAConfig, ModelConfig, MoEConfig
 from moesaic.errors import MoesaicError, UsageError
-from moesaic.model_config import SCORE_ROUTERS
+from moesaic.moe_config import SCORE_ROUTERS
 
 MAX_EXPERTS = 1_000_000
 """In all layers; a hostile config.json must not make us name more tensors than that."""
@@ -126,6 +126,12 @@ def _canonical(config: ModelConfig) -> ModelConfig:
             swiglu_limit=moe.swiglu_limit if moe.activation == "clamped_swiglu" else 1.0,
             swiglu_alpha=moe.swiglu_alpha if moe.activation == "clamped_swiglu" else 1.0,
             router_jitter_noise=moe.router_jitter_noise if moe.router == "sparsemixer" else 0.0,
+            top_p=moe.top_p if moe.router == "softmax_top_p" else 1.0,
+            slots_per_expert=moe.slots_per_expert if moe.router == "soft" else 1,
+            expert_bias_form=moe.expert_bias_form if moe.has_expert_bias else "add",
+            router_input_jitter=0.0,  # this and a capacity are of training alone, except for expert choice
+            capacity_factor=moe.capacity_factor if moe.router == "expert_choice" else None,
+            drop_policy="drop",
         )
     return replace(
         config,
