@@ -207,7 +207,7 @@ class MoEConfig:
     @property
     def has_constant_weights(self) -> bool:
         """Whether the one weight of every token is 1, so that no gradient reaches the router."""
-        divided_by_itself = self.norm_topk_prob and self.router in SCORE_ROUTERS
+        divided_by_itself = self.norm_topk_prob and self.router in (*SCORE_ROUTERS, "softmax_top_p")
         over_chosen_only = self.router in ("topk_softmax", "noisy_topk")
         return self.num_experts_per_tok == 1 and (divided_by_itself or over_chosen_only)
 

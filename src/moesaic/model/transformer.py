@@ -69,7 +69,7 @@ class Transformer(nn.Module):
 
         Args:
             positions: (B, L) int64, negative for padding; default: consecutive, after what `kv` holds.
-            kv: keys and values of earlier tokens; the new ones are added.
+            kv: keys and values of earlier tokens; the new ones are added. UsageError where routers look ahead.
             routings: a list that receives the Routing of each MoE layer, in order.
             depth_routings: a list that receives a Routing of each block that tokens may pass by, in order: its rows are
                 the tokens that the block computes.
@@ -77,6 +77,12 @@ class Transformer(nn.Module):
             noise_keys: (B,) int64, from which routers with noise draw it in training; default: torch's generator.
             logits_to_keep: compute logits for this many last tokens of each sequence only.
         """
+        if kv is not None and self.config.looks_ahead:
+            assert self.config.moe is not None
+            raise UsageError(
+                f"the router {self.config.moe.router} looks at later tokens, which a cache does not have; compute the "
+                "whole text without one"
+            )
         implied_positions = positions is None
         if positions is None:
             positions = self._consecutive_positions(tokens, kv)

@@ -13,8 +13,11 @@ from torch.optim import AdamW, Optimizer
 from moesaic.config import OptimizerConfig
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_NO_MATRICES = ("router.weight", "shared_expert_gate.weight", "gate_up_bias", "down_bias", "lm_head.weight")
-"""Of two dimensions, and yet neither orthogonalised nor decayed: rows that score, and a bias per expert."""
+_NO_MATRICES = (
+    "router.weight", "router.noise_weight", "shared_expert_gate.weight", "free_experts.constants", "free_experts.mix",
+    "gate_up_bias", "down_bias", "lm_head.weight",
+)  # fmt: skip
+"""Of two dimensions or more, and yet neither orthogonalised nor decayed: rows that score, and vectors of an expert."""
 
 
 class Muon(Optimizer):

@@ -140,6 +140,7 @@ def _canonical(config: ModelConfig) -> ModelConfig:
         model_type="",
         initializer_range=0.0,
         intermediate_size=config.intermediate_size if config.num_dense_layers else 0,
+        depth_capacity=config.depth_capacity if config.depth_layers else 1.0,
         attention_chunk_size=config.attention_chunk_size if "chunked_attention" in layer_types else None,
         floor_scale=config.floor_scale if config.attn_scale else 1,
     )
