@@ -41,6 +41,8 @@ LAST_PART = 0.1
 EVALUATION_TOKENS = 131_072
 MICRO_BATCHES = 4
 """Per optimizer step, wherever the Switch loss balances."""
+LOSS_FREE_PAIRS = (("loss-free", "switch-sigmoid"), ("quantile", "switch"), ("loss-free", "switch"))
+"""A bias and a loss that balance; the first two pairs score alike, as the published comparison does."""
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """97.5 % quantiles of Student's t with 1, 2, … degrees of freedom."""
 
@@ -87,10 +89,19 @@ CONTESTANTS = {
     "unbalanced": Contestant(what="4 of 32, softmax, nothing balances", moe=_experts(32, 4, 64)),
     "switch": _with_switch_loss("the same, Switch loss within each of 4 micro-batches", _experts(32, 4, 64)),
     "global": _with_switch_loss("the same, Switch loss over the batch", _experts(32, 4, 64), scope="global_batch"),
+    "switch-sigmoid": _with_switch_loss(
+        "4 of 32, sigmoid, Switch loss within each of 4 micro-batches",
+        _experts(32, 4, 64, router="sigmoid_topk", expert_bias=False),
+    ),
     "loss-free": Contestant(
         what="4 of 32, sigmoid, loss-free bias",
         moe=_experts(32, 4, 64, router="sigmoid_topk"),
         balance=BalanceConfig(bias_update_rate=0.01),
+    ),
+    "quantile": Contestant(
+        what="4 of 32, softmax, loss-free bias by the quantile rule",
+        moe=_experts(32, 4, 64, expert_bias=True),
+        balance=BalanceConfig(bias_update_rate=0.5, bias_update_rule="quantile"),
     ),
     "hash": Contestant(what="4 of 32, by token id", moe=_experts(32, 4, 64, router="hash")),
     "expert-choice": Contestant(
@@ -247,9 +258,10 @@ def _result(config: TrainConfig, rows: Sequence[dict[str, Any]]) -> Result:
 def judge(races: Races) -> list[Direction]:
     """The published directions that the contestants at hand can show."""
     directions = []
-    if {"loss-free", "switch"} <= races.keys():
-        directions.append(_much_evener(races, "loss-free", "switch"))
-        directions.append(_compared(races, "loss-free", "switch", "is no worse than", MARGIN))
+    for free, with_loss in LOSS_FREE_PAIRS:
+        if {free, with_loss} <= races.keys():
+            directions.append(_much_evener(races, free, with_loss))
+            directions.append(_compared(races, free, with_loss, "is no worse than", MARGIN))
     if "unbalanced" in races:
         directions.append(_collapse(races["unbalanced"]))
     balanced = [name for name in races if name not in ("dense", "unbalanced") and not CONTESTANTS[name].looks_ahead]

@@ -74,10 +74,11 @@ def draw_moe(layers: int) -> MoEConfig:
         "moe_intermediate_size": pick(4, 7), "router": router, "norm_topk_prob": pick(False, True),
         "norm_topk_order": pick(1.0, 2.0), "norm_topk_min": pick(1e-20, 0.1), "routed_scaling_factor": pick(1.0, 2.5),
         "expert_bias": pick(None, False, True) if by_score else pick(None, False),
-        "expert_bias_form": pick("add", "multiply"), "router_bias": linear and pick(False, True),
+        "router_bias": linear and pick(False, True),
         "router_input_jitter": pick(0.0, 0.1) if linear else 0.0,
         "capacity_factor": pick(None, 1.5) if router in (*TOPK_ROUTERS, "expert_choice") else None,
-        "drop_policy": pick("drop", "next_choice", "pad"), "top_p": pick(0.3, 1.0), "slots_per_expert": pick(1, 3),
+        "top_p": pick(0.3, 1.0) if router == "softmax_top_p" else 0.4,
+        "slots_per_expert": pick(1, 3) if router == "soft" else 1,
         "num_zero_experts": pick(0, 2) if has_free else 0, "num_copy_experts": pick(0, 1) if has_free else 0,
         "num_constant_experts": pick(0, 1, 3) if has_free else 0,
         "router_jitter_noise": pick(0.01, 0.1), "n_group": n_group, "topk_group": pick(1, n_group),
@@ -87,6 +88,10 @@ def draw_moe(layers: int) -> MoEConfig:
         "activation": pick("swiglu", "clamped_swiglu"), "swiglu_limit": 7.0, "swiglu_alpha": 1.702,
         "projection_bias": pick(False, True),
     }  # fmt: skip
+    has_capacity = router in TOPK_ROUTERS and drawn["capacity_factor"] is not None
+    drawn["drop_policy"] = pick("drop", "next_choice", "pad") if has_capacity else "drop"
+    has_bias = router == "sigmoid_topk" if drawn["expert_bias"] is None else drawn["expert_bias"]
+    drawn["expert_bias_form"] = pick("add", "multiply") if has_bias else "add"
     assert drawn.keys() == {field.name for field in fields(MoEConfig)}
     return MoEConfig(**drawn)  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from moesaic.checks import require, require_not_negative, require_positive, require_seed
 from moesaic.model_config import MLAConfig, ModelConfig, RopeScaling
-from moesaic.moe_config import UNLEARNED_ROUTERS, MoEConfig
+from moesaic.moe_config import SCORE_ROUTERS, UNLEARNED_ROUTERS, MoEConfig
 
 __all__ = [
     "BalanceConfig",
@@ -141,9 +141,16 @@ class BalanceConfig:
             f"aux_loss_devices is {self.aux_loss_devices}, but aux_loss_coef is 0, so there is no loss; set both",
         )
         require(
-            self.bias_update_rule != "quantile" or self.bias_update_rate <= 1,
-            f"bias_update_rate is {self.bias_update_rate}; with bias_update_rule quantile it is a part of the way, at "
-            "most 1",
+            self.aux_loss_scope == BalanceConfig.aux_loss_scope or self.aux_loss_coef > 0,
+            f"aux_loss_scope is {self.aux_loss_scope}, but aux_loss_coef is 0, so there is no loss; set both",
+        )
+        require(
+            self.bias_update_rule == BalanceConfig.bias_update_rule or self.bias_update_rate > 0,
+            f"bias_update_rule is {self.bias_update_rule}, but bias_update_rate is 0, so no bias moves; set both",
+        )
+        require(
+            self.bias_update_rate <= 1,
+            f"bias_update_rate is {self.bias_update_rate}; scores lie between 0 and 1, so set at most 1",
         )
 
 
@@ -226,6 +233,7 @@ class TrainConfig:
             "hash": "has no logits that could learn",
             "expert_choice": "gives every expert equally many tokens already",
             "soft": "gives every expert equally many mixtures already",
+            "base": "gives every expert equally many tokens already",
         }
         require(
             balance.aux_loss_coef == 0 or moe.router not in refused,
@@ -244,8 +252,8 @@ class TrainConfig:
         )
         require(
             balance.bias_update_rate == 0 or moe.has_expert_bias,
-            "balance.bias_update_rate needs a selection bias: set model.moe.router = 'sigmoid_topk' or "
-            "model.moe.expert_bias; use balance.aux_loss_coef without one",
+            f"balance.bias_update_rate needs a selection bias, which the router {moe.router} does not have as set; "
+            f"use {' or '.join(SCORE_ROUTERS)} with model.moe.expert_bias = true, or set the rate to 0",
         )
         quantile = balance.bias_update_rate > 0 and balance.bias_update_rule == "quantile"
         require(

@@ -249,6 +249,10 @@ class ModelConfig:
             f"depth_capacity is {self.depth_capacity}; it must lie above 0 and at most 1",
         )
         require(
+            len(set(self.depth_layers)) == len(self.depth_layers),
+            f"depth_layers is {list(self.depth_layers)}; name each layer once",
+        )
+        require(
             self.num_dense_layers == 0 or self.intermediate_size > 0,
             f"{self.num_dense_layers} layers are dense but intermediate_size is 0; set intermediate_size",
         )

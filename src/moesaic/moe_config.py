@@ -25,6 +25,8 @@ RouterName = Literal[
 ]
 SCORE_ROUTERS: tuple[RouterName, ...] = ("softmax_topk", "sigmoid_topk")
 """Those that score all experts first: only then can scores be limited to groups, biased, and their best normalised."""
+PUBLISHED_ROUTERS: tuple[RouterName, ...] = (*SCORE_ROUTERS, "topk_softmax", "topk_sigmoid_input", "sparsemixer")
+"""Those that published checkpoints have."""
 TOPK_ROUTERS: tuple[RouterName, ...] = (*SCORE_ROUTERS, "topk_softmax", "noisy_topk")
 """Token choice of exactly K experts: these can have a capacity, and experts that compute nothing."""
 LOOKAHEAD_ROUTERS: tuple[RouterName, ...] = ("expert_choice", "soft")
@@ -73,7 +75,7 @@ class MoEConfig:
     `expert_choice` takes exactly this much; None then means 1."""
     drop_policy: Literal["drop", "next_choice", "pad"] = "drop"
     """What becomes of the rest: nothing, or the token's next best expert with room; `pad` drops, and fills every expert
-    up to its capacity with rows of weight 0, so that shapes never change."""
+    up to its capacity with rows of weight 0, so that all compute equally many."""
     top_p: float = 0.4
     """`softmax_top_p` only: a token visits its best experts until their probabilities sum to this."""
     slots_per_expert: int = 1
@@ -180,6 +182,19 @@ class MoEConfig:
             not self.router_bias or self.router not in (*UNLEARNED_ROUTERS, "soft"),
             f"router_bias is set, but the router {self.router} has no logits per token; set it to false",
         )
+        used = {
+            "drop_policy": self.capacity_factor is not None and self.router in TOPK_ROUTERS,
+            "top_p": self.router == "softmax_top_p",
+            "slots_per_expert": self.router == "soft",
+            "expert_bias_form": self.has_expert_bias,
+        }
+        for name, is_used in used.items():
+            default = getattr(MoEConfig, name)
+            require(
+                is_used or getattr(self, name) == default,
+                f"{name} is {getattr(self, name)!r}, which nothing reads: the router is {self.router}, capacity_factor "
+                f"{self.capacity_factor} and expert_bias {self.has_expert_bias}; leave it at {default!r}",
+            )
         require(
             self.router_input_jitter == 0 or self.router not in (*UNLEARNED_ROUTERS, "soft"),
             f"router_input_jitter is set, but the router {self.router} takes no jitter; set it to 0",

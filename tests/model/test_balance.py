@@ -245,7 +245,7 @@ def exact_need(router: Router, logits: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["softmax_topk", "sigmoid_topk"])
-def test_the_quantile_is_that_of_the_needed_biases_to_the_width_of_a_bin(name: str) -> None:
+def test_the_quantile_is_that_of_the_needed_biases_to_3_percent_of_the_way(name: str) -> None:
     router = make_biased(name)
     bias_of(router).normal_(std=0.2)
     logits = torch.randn(300, E)
@@ -256,11 +256,14 @@ def test_the_quantile_is_that_of_the_needed_biases_to_the_width_of_a_bin(name: s
     need_TE = exact_need(router, logits).sort(0).values
     for share in (K / E, 0.5, 1.0):
         place = math.ceil(share * 300 - 1e-9) - 1
-        assert float((histogram.quantile(share) - need_TE[place]).abs().max()) <= histogram.width * 1.001
+        move_E = need_TE[place] - bias_of(router).double()
+        error_E = (histogram.quantile(share) - need_TE[place]).abs()
+        assert bool((error_E <= 0.032 * move_E.abs() + 1e-7).all())
 
 
-def test_quantile_balancing_balances_a_skewed_router_in_few_steps() -> None:
-    router = make_biased("sigmoid_topk")
+@pytest.mark.parametrize("name", ["softmax_topk", "sigmoid_topk"])
+def test_quantile_balancing_balances_a_skewed_router_in_few_steps(name: str) -> None:
+    router = make_biased(name)
     torch.nn.init.normal_(router.weight, std=0.3)  # type: ignore[arg-type]
     x = torch.randn(2000, D) + 1.0
     before = max_vio(routed(router, x).load())

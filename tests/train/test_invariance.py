@@ -171,7 +171,7 @@ def observe(config: ModelConfig, balance: BalanceConfig, example: Example, way: 
         if layer.router.expert_bias is not None:
             layer.router.expert_bias.copy_(torch.linspace(-0.1, 0.1, layer.router.num_experts))
         if isinstance(layer.router, ReLURouter):
-            layer.router.l1_coefficient.fill_(math.log(1e6))  # an L1 weight that shows
+            layer.router.log_l1_weight.fill_(math.log(1e6))  # an L1 weight that shows
     observed = Observed()
     for _ in range(STEPS):
         model.zero_grad(set_to_none=True)

@@ -58,8 +58,11 @@ def test_tensorboard_gets_every_number_and_a_curve_of_max_vio_for_each_layer(
     assert routing.keys() == RoutingStatistics(0).row().keys()
     log.write(row(1, **routing))
     log.write(row(2) | RoutingStatistics(0).row())
+    log.write({"kind": "eval", "step": 2, "load": [[0.25, 0.75], [1.0, 0.0]]})
     log.close()
     numbers = {name: value for name, value in routing.items() if not isinstance(value, list)}
     expected = {f"train/{name}": [(1, value)] for name, value in numbers.items()}
-    expected |= {"train/max_vio_layers/1": [(1, 0.3)], "train/max_vio_layers/2": [(1, 0.5)]}
+    expected |= {"train/max_vio_layers/0": [(1, 0.3)], "train/max_vio_layers/1": [(1, 0.5)]}
+    expected |= {"eval/load/0/0": [(2, 0.25)], "eval/load/0/1": [(2, 0.75)]}
+    expected |= {"eval/load/1/0": [(2, 1.0)], "eval/load/1/1": [(2, 0.0)]}
     assert writer.curves == expected | {"train/loss": [(1, 2.5), (2, 2.5)]}

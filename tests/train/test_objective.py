@@ -108,6 +108,8 @@ def test_the_loss_is_the_sum_of_its_terms_times_their_coefficients() -> None:
 def test_relu_routers_steer_once_per_step_to_k_experts(micro_batches: int) -> None:
     model, batch = make_model(router="relu"), draw_batch()
     routers = [layer.router for layer in model.moe_layers]
+    for router in routers:
+        router.get_buffer("log_l1_weight").fill_(3.0)
     before = [router.l1_weight.clone() for router in routers if isinstance(router, ReLURouter)]
     balance = BalanceConfig(relu_l1_growth=1.5)
     result = accumulate_gradients(model, batch.split(B // micro_batches), balance)

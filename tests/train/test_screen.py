@@ -75,8 +75,8 @@ def test_the_live_screen_shows_everything_within_the_terminal(width: int, layers
         "step 100 of 1,200",
         "1.2711 bits per byte",
         "left",
-        "layer 1 ",
-        f"layer {layers} ",
+        "layer 0 ",
+        f"layer {layers - 1} ",
     ):
         assert shown in text
     last_frame = text[text.rindex("sparse, a run") :]

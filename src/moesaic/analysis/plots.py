@@ -115,7 +115,7 @@ def _load_figure(rows: Sequence[Row]) -> Figure:
             interpolation="nearest", extent=(rows[0]["step"], rows[-1]["step"] + 1, share_SE.shape[1] - 0.5, -0.5),
         )  # fmt: skip
         axes.grid(False)
-        axes.set_ylabel(f"layer {layer + 1}")
+        axes.set_ylabel(f"layer {layer}")
         axes.yaxis.get_major_locator().set_params(integer=True)
     for axes in panels[num_layers:]:
         axes.set_visible(False)
@@ -138,7 +138,7 @@ def _domain_figure(comparison: Comparison) -> Figure:
         relative_DE = np.array(relative, dtype=float)
         image = axes.imshow(np.log2(np.clip(relative_DE, 0.25, 4)), aspect="auto", cmap="RdBu_r", vmin=-2, vmax=2)
         axes.set_yticks(range(num_domains), list(comparison.domains))
-        axes.set_ylabel(f"layer {layer + 1}")
+        axes.set_ylabel(f"layer {layer}")
         axes.grid(False)
         if num_experts <= 24:
             for (domain, expert), value in np.ndenumerate(relative_DE):

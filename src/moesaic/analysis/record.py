@@ -35,14 +35,19 @@ class LayerTrace:
     @property
     def logits(self) -> Tensor:
         """(T, E) float32."""
-        return torch.cat([routing.logits for routing in self.routings])
+        return torch.cat([routing.logits for routing in self._recorded()])
 
     def tokens_per_expert(self) -> Tensor:
         """(E,) int64."""
-        return torch.stack([routing.tokens_per_expert() for routing in self.routings]).sum(0)
+        return torch.stack([routing.tokens_per_expert() for routing in self._recorded()]).sum(0)
+
+    def _recorded(self) -> list[Routing]:
+        if not self.routings:
+            raise UsageError("nothing is recorded yet; run the model inside `with record_routing(model) as trace`")
+        return self.routings
 
     def _joined(self, field: str) -> Tensor:
-        flat_N = torch.cat([getattr(routing, field) for routing in self.routings])
+        flat_N = torch.cat([getattr(routing, field) for routing in self._recorded()])
         widths = {routing.top_k for routing in self.routings}
         top_k = widths.pop() if len(widths) == 1 else None
         return flat_N if top_k is None else flat_N.view(-1, top_k)

@@ -25,8 +25,8 @@ from moesaic.weights_io import read_json
 
 READERS = min(4, os.cpu_count() or 1)
 """Threads that read."""
-FLOAT32_BUFFER = "router.expert_bias"
-ROUTER_TENSORS = ("router.weight", "router.bias")
+FLOAT32_BUFFERS = ("router.expert_bias", "router.log_l1_weight")
+ROUTER_TENSORS = ("router.weight", "router.bias", "router.noise_weight", "router.scale")
 
 
 class HFDirectory:
@@ -147,7 +147,7 @@ class HFDirectory:
 
 def final_dtype(name: str, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
     """The type in which a tensor of ours is kept: the one that is wanted, but for routers."""
-    if name.endswith(FLOAT32_BUFFER):
+    if name.endswith(FLOAT32_BUFFERS):
         return torch.float32
     return torch.promote_types(stored, wanted) if name.endswith(ROUTER_TENSORS) else wanted
 

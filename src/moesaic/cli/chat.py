@@ -20,10 +20,11 @@ def chat(model: str, /, *, loading: ModelOptions = _MODEL, sampling: SamplingOpt
     model
         A run directory, a Hugging Face directory, or a hub id.
     """
-    from moesaic.engine.generate import Generation, stream
+    from moesaic.engine.generate import Generation, require_causal, stream
 
     config = sampling.to_config()
     transformer, tokenizer = loading.load(model)
+    require_causal(transformer, config)
     console = Console()
     if not tokenizer.has_chat_template:
         console.print("This model has no chat template: it continues what you write.", style="dim")

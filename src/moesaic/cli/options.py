@@ -66,7 +66,7 @@ class SamplingOptions:
     seed: int = 0
     "The same seed gives the same text."
     allow_lookahead: Annotated[bool, Parameter(negative="")] = False
-    "Generate also where routers look at later tokens (expert choice), slowly."
+    "Generate also where routers look at later tokens (expert_choice, soft), slowly."
 
     def to_config(self) -> SamplingConfig:
         return SamplingConfig(

@@ -61,8 +61,9 @@ def train(
         )  # fmt: skip
         return 130
     export = f"\n  {this_command()} export {run_directory} {run_directory}-hf"
+    asking = " --allow-lookahead" if train_config.model.looks_ahead else ""
     console.print(
-        f"done: {run_directory}\n  {this_command()} generate {run_directory} --prompt 'def '"
+        f"done: {run_directory}\n  {this_command()} generate {run_directory} --prompt 'def '{asking}"
         f"{export if has_family(train_config.model) else ''}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

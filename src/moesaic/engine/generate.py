@@ -81,7 +81,7 @@ def stream(
         UsageError: the prompt is empty, it and max_tokens exceed the model's positions, or the routers look at later
             tokens and `config.allow_lookahead` is not set.
     """
-    _require_causal(model, config)
+    require_causal(model, config)
     _require_room(model, len(prompt_ids), config.max_tokens)
     next_logits = _Continuation(model, capacity=len(prompt_ids) + config.max_tokens)
     generation.prompt_tokens = len(prompt_ids)
@@ -146,7 +146,8 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _require_causal(model: Transformer, config: SamplingConfig) -> None:
+def require_causal(model: Transformer, config: SamplingConfig) -> None:
+    """Raises UsageError where routers look at later tokens, unless the config allows it."""
     if model.config.looks_ahead and not config.allow_lookahead:
         assert model.config.moe is not None
         raise UsageError(

@@ -6,6 +6,8 @@ All terms are of one layer and leave padding out. A term of a micro-batch is its
 divide by what the whole batch holds, so the terms of all micro-batches add up to that of the uncut batch.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from moesaic.model.routers import Router
 from moesaic.ops import Routing
 
 HISTOGRAM_BINS = 1000
+NARROWEST_BIN = 1e-6
+"""Distance from the present bias below which bins are equally wide, 3 % of this."""
 
 
 def switch_loss(
@@ -46,7 +50,7 @@ def sequence_switch_loss(
         num_sequences: of the whole batch, without those that are nothing but padding; default: of this routing.
     """
     probability_TG = _pooled(_probabilities(scores), num_devices)
-    sequence_T = torch.arange(batch_size, device=scores.device).repeat_interleave(len(scores) // batch_size)
+    sequence_T = torch.arange(batch_size, device=scores.device).repeat_interleave(len(scores) // max(batch_size, 1))
     if routing.mask is not None:
         probability_TG, sequence_T = probability_TG[routing.mask], sequence_T[routing.mask]
     length_B = torch.bincount(sequence_T, minlength=batch_size)
@@ -81,11 +85,11 @@ def relu_l1_loss(routing: Routing, top_k: int, *, load: Tensor | None = None, nu
 def load_of_sequences(routing: Routing, batch_size: int) -> Tensor:
     """(B, E) int64: rows that the tokens of each sequence asked for, whether or not there was room."""
     decision = routing.decision
-    token_ids_N, expert_ids_N = decision.token_ids, decision.expert_ids
+    token_ids_N, expert_ids_N = decision.token_ids, decision.wishes
     if routing.mask is not None:
         is_token_N = routing.mask[token_ids_N]
         token_ids_N, expert_ids_N = token_ids_N[is_token_N], expert_ids_N[is_token_N]
-    sequence_N = token_ids_N // (routing.num_tokens // batch_size)
+    sequence_N = token_ids_N // (max(routing.num_tokens // max(batch_size, 1), 1))
     place_N = sequence_N * routing.num_experts + expert_ids_N
     flat = torch.bincount(place_N, minlength=batch_size * routing.num_experts)
     return flat.view(batch_size, routing.num_experts)
@@ -124,33 +128,42 @@ class BiasHistogram:
 
     Expert e wins token t when its bias exceeds the token's cut-off, the (K + 1)-th highest biased score, minus its own
     score. The K / E quantile of that over the tokens of the whole batch is its new bias. A histogram finds it, linearly
-    within a bin: it is summed over micro-batches, and its size does not depend on the tokens.
+    within a bin: it is summed over micro-batches, and its size does not depend on the tokens. Bins lie around the
+    expert's present bias and grow with the distance from it, by 3 %: so a step is right to 3 % of its length, whether
+    scores are of order 1 or 1 / E.
     """
 
     def __init__(self, router: Router) -> None:
-        bias_E = _bias(router)
-        # Scores lie in 0..1, so every cut-off minus a score lies between these.
-        self.low = float(bias_E.min()) - 1.0
-        self.width = (float(bias_E.max()) + 1.0 - self.low) / HISTOGRAM_BINS
-        self.counts = torch.zeros(len(bias_E), HISTOGRAM_BINS, dtype=torch.int64, device=bias_E.device)
+        self.bias = _bias(router).double()
+        # Scores lie in 0..1, so no bias that is needed lies further from a present one.
+        farthest = float(self.bias.max() - self.bias.min()) + 1.0 if len(self.bias) else 1.0
+        self.scale = math.log1p(farthest / NARROWEST_BIN)
+        self.counts = torch.zeros(len(self.bias), HISTOGRAM_BINS, dtype=torch.int64, device=self.bias.device)
 
     @torch.no_grad()
     def add(self, router: Router, routing: Routing) -> None:
         scores_TE = router.scores(routing.logits if routing.mask is None else routing.logits[routing.mask])
         cutoff_T1 = (scores_TE + _bias(router)).topk(router.top_k + 1, dim=-1).values[:, -1:]
-        place_TE = ((cutoff_T1 - scores_TE).double() - self.low) / self.width
-        bin_TE = place_TE.long().clamp(0, HISTOGRAM_BINS - 1)
+        move_TE = (cutoff_T1 - scores_TE).double() - self.bias
+        place_TE = move_TE.sign() * torch.log1p(move_TE.abs() / NARROWEST_BIN) / self.scale  # -1..1
+        bin_TE = (HISTOGRAM_BINS / 2 * (place_TE + 1)).long().clamp(0, HISTOGRAM_BINS - 1)
         bin_TE = bin_TE + HISTOGRAM_BINS * torch.arange(bin_TE.shape[1], device=bin_TE.device)
         self.counts += torch.bincount(bin_TE.flatten(), minlength=self.counts.numel()).view_as(self.counts)
 
     def quantile(self, share: float) -> Tensor:
-        """(E,) float64: below this lie `share` of what was added."""
+        """(E,) float64: below this lie `share` of the biases that were needed."""
         reached_EB = self.counts.cumsum(1).double()
         target_E1 = share * reached_EB[:, -1:]
         bin_E1 = torch.searchsorted(reached_EB, target_E1).clamp_max(HISTOGRAM_BINS - 1)
         count_E1 = self.counts.gather(1, bin_E1)
         before_E1 = reached_EB.gather(1, bin_E1) - count_E1
-        return (self.low + self.width * (bin_E1 + (target_E1 - before_E1) / count_E1.clamp_min(1))).squeeze(1)
+        low_E1, high_E1 = self._edge(bin_E1), self._edge(bin_E1 + 1)
+        return self.bias + (low_E1 + (high_E1 - low_E1) * (target_E1 - before_E1) / count_E1.clamp_min(1)).squeeze(1)
+
+    def _edge(self, bins: Tensor) -> Tensor:
+        """How far from the present bias each bin begins."""
+        place = bins.double() / (HISTOGRAM_BINS / 2) - 1
+        return place.sign() * NARROWEST_BIN * torch.expm1(place.abs() * self.scale)
 
 
 @torch.no_grad()

@@ -167,6 +167,7 @@ def _of_whole_pass(routing: Routing, index: Tensor, present: Tensor, picked: Ten
             expert_ids=choice.expert_ids[real_N],
             top_k=None,
             kept=None if choice.kept is None else choice.kept[real_N],
+            asked_ids=None if choice.asked_ids is None else choice.asked_ids[real_N],
         )
     return replace(
         routing,

@@ -101,6 +101,8 @@ class SoftMoE(ExpertLayer):
 
     def _routing(self, logits: Tensor, dispatch: Tensor, context: RoutingContext) -> Routing:
         batch_size, length, num_slots = dispatch.shape
+        if length == 0:  # no maximum then
+            dispatch, batch_size = dispatch.new_zeros(0, 1, num_slots), 0
         weights_BM, positions_BM = dispatch.max(1)
         firsts_B1 = torch.arange(batch_size, device=logits.device).unsqueeze(1) * length
         filled_B1 = context.lengths().unsqueeze(1) > 0  # a sequence of padding fills no slot

@@ -149,6 +149,12 @@ class Transformer(nn.Module):
                 f"the recorded routing has {len(replay)} layers of {', '.join(map(str, sorted(sizes)))} tokens, and "
                 f"this pass {len(sparse)} layers of {num_tokens}; replay it on the tokens that it was recorded from"
             )
+        for layer, routing in zip(self.moe_layers, replay, strict=True):
+            if routing.num_experts != layer.router.num_experts:
+                raise UsageError(
+                    f"the recorded routing chooses among {routing.num_experts} experts, and this model among "
+                    f"{layer.router.num_experts}; replay it on a model that has as many"
+                )
         return {index: (routing.decision,) for index, routing in zip(sparse, replay, strict=True)}
 
     def _require_replayable(self) -> None:

@@ -21,6 +21,8 @@ class Choice:
     """K when the rows are T x K in token order, else None."""
     kept: Tensor | None = None
     """(N,) bool, False for rows that are not computed: padding, and what is over capacity. None: all are."""
+    asked_ids: Tensor | None = None
+    """(N,) int64, the experts that were asked for, where full ones passed rows on to others. None: `expert_ids`."""
 
     @classmethod
     def of_topk(cls, topk_ids: Tensor, kept: Tensor | None = None) -> "Choice":
@@ -34,6 +36,11 @@ class Choice:
         """From (T, E), True where a token goes to an expert; rows in token order."""
         token_ids, expert_ids = chosen.nonzero(as_tuple=True)
         return cls(token_ids, expert_ids, None)
+
+    @property
+    def wishes(self) -> Tensor:
+        """(N,) int64: the expert that each row first asked for."""
+        return self.expert_ids if self.asked_ids is None else self.asked_ids
 
     def without_padding(self, mask: Tensor | None) -> "Choice":
         """Keeps no row of a token that `mask` (T,) calls padding."""
@@ -84,7 +91,7 @@ class Routing:
         """(E,) int64: rows that tokens sent to each expert, whether or not it had room for them."""
         if self.choice is None:
             return self.tokens_per_expert()
-        ids_N = self.choice.expert_ids
+        ids_N = self.choice.wishes
         if self.mask is not None:
             ids_N = ids_N[self.mask[self.choice.token_ids]]
         return torch.bincount(ids_N, minlength=self.num_experts)

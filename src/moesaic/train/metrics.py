@@ -60,7 +60,10 @@ def _curves(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """The numbers of a row that make a curve."""
     for key, value in row.items():
         if key in LAYER_CURVES and value is not None:
-            yield from ((f"{key}/{layer}", number) for layer, number in enumerate(value, start=1))
+            yield from ((f"{key}/{layer}", number) for layer, number in enumerate(value))
+        elif key == "load" and row["kind"] == "eval" and value is not None:
+            for layer, shares in enumerate(value):
+                yield from ((f"load/{layer}/{expert}", share) for expert, share in enumerate(shares))
         elif isinstance(value, int | float) and not isinstance(value, bool) and key != "step":
             yield key, value
 

@@ -19,6 +19,7 @@ from moesaic.config import TrainConfig
 from moesaic.config_io import from_mapping, write_run_config
 from moesaic.errors import MoesaicError, UsageError
 from moesaic.model.transformer import Transformer
+from moesaic.moe_config import PUBLISHED_ROUTERS, TOPK_ROUTERS
 from moesaic.ops import DTYPES, ExpertShape, pick
 from moesaic.ops.device import cpu_set_up_for_training, memory_bytes, resolve_device
 from moesaic.tokenizer import Tokenizer
@@ -82,7 +83,8 @@ def run_training(
 
 def _title(run_directory: Path, config: TrainConfig) -> str:
     moe = config.model.moe
-    kind = f"{moe.num_experts} experts, top-{moe.num_experts_per_tok}" if moe else "dense"
+    fixed = moe is not None and moe.router in (*PUBLISHED_ROUTERS, *TOPK_ROUTERS)
+    kind = f"{moe.num_experts} experts, {f'top-{moe.num_experts_per_tok}' if fixed else moe.router}" if moe else "dense"
     return f"{run_directory.name} ({kind})"
 
 
@@ -97,7 +99,7 @@ def _advice(config: TrainConfig) -> list[str]:
     if moe is not None and config.model.looks_ahead:
         advice.append(
             f"with the router {moe.router} the experts of a token depend on later tokens: this model sees the future, "
-            "so its loss is better than the text that it will generate, and --allow-lookahead must ask for that"
+            "its loss is better than its text will be, and it generates only with --allow-lookahead"
         )
     try:
         family_for_export(config.model)

@@ -209,7 +209,7 @@ def heat_strip(load: Sequence[Sequence[float]], width: int, max_layers: int) -> 
     for layer in shown:
         shares = load[layer]
         mean = sum(shares) / len(shares) or 1.0
-        line = Text.assemble((f"{f'layer {layer + 1}':<{LABEL_WIDTH}}", GREY))
+        line = Text.assemble((f"{f'layer {layer}':<{LABEL_WIDTH}}", GREY))
         for start in range(0, len(shares), per_cell):
             group = shares[start : start + per_cell]
             symbol, style = _cell(sum(group) / len(group) / mean)

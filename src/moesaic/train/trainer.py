@@ -150,7 +150,8 @@ class Trainer:
         if self.nonfinite_steps >= self.config.max_nonfinite_steps:
             raise MoesaicError(
                 f"{self.nonfinite_steps} updates in a row were not finite, the last at step {self.step}; start "
-                "anew with a lower --optimizer.lr (and matrix_lr, feed_forward_lr) and another --out"
+                "anew with a lower --optimizer.lr (and matrix_lr, feed_forward_lr), lower [balance] coefficients and "
+                "another --out"
             )
 
     def _due(self, every: int) -> bool:

@@ -115,6 +115,23 @@ def test_no_expert_is_over_capacity_and_evaluation_drops_nothing(policy: str) ->
     assert len(router(x_TD, context).expert_ids) == 3 * int(mask_BL.sum())
 
 
+@POLICIES
+def test_the_load_is_what_tokens_asked_for_whatever_becomes_of_it(policy: str) -> None:
+    router = limited(policy)
+    mask_BL = torch.rand(B, L) < 0.8
+    routing = router(torch.randn(B * L, D), context_of(B, L, mask_BL))
+    wishes_NK = routing.logits.detach().topk(3).indices[mask_BL.flatten()]
+    assert torch.equal(routing.load(), torch.bincount(wishes_NK.flatten(), minlength=E))
+
+
+@POLICIES
+def test_more_room_than_tokens_drops_none(policy: str) -> None:
+    router = make_router(make_config(router="softmax_topk", capacity_factor=1e30, drop_policy=policy)).train()
+    routing = router(torch.randn(B * L, D), context_of(B, L))
+    assert int(routing.num_dropped()) == 0
+    assert len(routing.expert_ids) == (E * B * L if policy == "pad" else B * L * router.top_k)
+
+
 def test_dropping_does_not_change_the_weights_of_what_stays() -> None:
     router = limited("drop")
     x_TD, context = torch.randn(B * L, D), context_of(B, L)

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moesaic.errors import MoesaicError
+from moesaic.errors import UsageError
 from moesaic.model.routers import ROUTERS
 from moesaic.model.routing_context import RoutingContext
+from moesaic.ops import Choice
 
 from .helpers import MARGIN, SETTINGS, VOCAB_SIZE, D, E, as_matrix, context_of, make_config, make_router
 from .topk_oracle import draw_tokens
@@ -109,11 +110,14 @@ def test_a_replayed_choice_gives_the_same_routing_and_gradients(name: str, train
     assert torch.equal(turned.expert_ids, first.expert_ids)
 
 
-def test_a_choice_of_more_tokens_is_refused() -> None:
-    router = build("hash", training=False)
-    decision = router(torch.randn(4, D), context_of(1, 4)).decision
-    with pytest.raises(MoesaicError, match="more tokens than the 3 of this pass"):
-        router(torch.randn(3, D), replace(context_of(1, 3), replay=(decision,)))
+def test_a_choice_of_another_number_of_experts_is_refused() -> None:
+    """One expert each of twice the tokens has as many rows, and would be taken for two experts of each."""
+    router = build("softmax_topk", training=False)
+    x_TD, context = torch.randn(4, D), context_of(1, 4)
+    twice = torch.randint(0, E, (2 * router.top_k, 2))
+    for choice in (Choice.of_topk(twice), Choice.of_mask(torch.rand(4, E) < 0.5)):
+        with pytest.raises(UsageError, match=f"and this router to {router.top_k}"):
+            router(x_TD, replace(context, replay=(choice,)))
 
 
 def changed_after(router: Any, position: int, training: bool) -> bool:

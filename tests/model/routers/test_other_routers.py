@@ -178,9 +178,12 @@ def test_the_weight_of_the_l1_loss_is_steered_towards_k_experts_per_token() -> N
     assert float(router.l1_weight) == pytest.approx(1e-8 * 1.2**3, rel=1e-5)
     for mean in (2.9, torch.tensor(0.0)):
         router.steer(mean, growth=2.0)
-    assert float(router.l1_weight) == pytest.approx(1e-8 * 1.2**3 / 4, rel=1e-5)
-    assert router.l1_coefficient.dtype == torch.float32
-    assert "l1_coefficient" in router.state_dict()
+    assert float(router.l1_weight) == pytest.approx(1e-8)  # and not below what it began with
+    for mean in (4.0, 4.0, 1.0):
+        router.steer(mean, growth=2.0)
+    assert float(router.l1_weight) == pytest.approx(2e-8, rel=1e-5)
+    assert router.log_l1_weight.dtype == torch.float32
+    assert "log_l1_weight" in router.state_dict()
 
 
 def test_relu_leaves_tokens_that_nobody_wants_without_an_expert() -> None:

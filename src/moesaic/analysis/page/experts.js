@@ -7,7 +7,7 @@ function chooseLayer(layer) {
   for (const redraw of layerState.redraw) redraw();
 }
 
-const layerNames = Array.from({ length: layerCount }, (_, index) => `${index + 1}`);
+const layerNames = Array.from({ length: layerCount }, (_, index) => `${index}`);
 for (const box of document.querySelectorAll(".choices.layers")) {
   const show = choices(box, layerNames, (name) => `Layer ${name}`, chooseLayer);
   layerState.redraw.push(() => show(layerState.layer));
@@ -33,8 +33,8 @@ function drawMosaic() {
       const strength = domain < 0 ? 0 : Math.round(100 * Math.min(1, 0.1 + 0.9 * Math.log2(relative) / 1.3));
       const tile = svg("rect", { x: column * 10 + 0.5, y: row * 10 + 0.5, width: 9, height: 9, rx: 1.2,
         style: `fill: color-mix(in oklab, var(--d${Math.max(0, Math.min(domain, 7))}) ${strength}%, var(--even))` });
-      tile.append(svg("title", {}, domain < 0 ? `Layer ${row + 1}, expert ${column}: unused`
-        : `Layer ${row + 1}, expert ${column}: ${names[domain]} uses it ${relative.toFixed(2)} × as much as all text`));
+      tile.append(svg("title", {}, domain < 0 ? `Layer ${row}, expert ${column}: unused`
+        : `Layer ${row}, expert ${column}: ${names[domain]} uses it ${relative.toFixed(2)} × as much as all text`));
       picture.append(tile);
     }
   });
@@ -108,7 +108,7 @@ function setUpLoad() {
     loadState.column = Math.max(0, Math.min(columns - 1, loadState.column));
     const { relative, step } = mark(loadState.expert, loadState.column);
     const says = relative > 0 ? `${(100 * relative / experts).toFixed(1)} % of the layer's assignments, ${relative.toFixed(2)} × its fair share` : "no assignment at all";
-    readout.replaceChildren(html("b", {}, `Layer ${layerState.layer + 1}, expert ${loadState.expert}, step ${step.toLocaleString("en")}`), ` · ${says}`);
+    readout.replaceChildren(html("b", {}, `Layer ${layerState.layer}, expert ${loadState.expert}, step ${step.toLocaleString("en")}`), ` · ${says}`);
   };
   loadState.column = columns - 1;
   layerState.redraw.push(onWidth(box, (width) => { mark = drawLoad(box, width); show(); }));

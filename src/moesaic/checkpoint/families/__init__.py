@@ -30,6 +30,7 @@ from moesaic.checkpoint.families import (
 from moesaic.checkpoint.families.family import Family
 from moesaic.config import ModelConfig
 from moesaic.errors import MoesaicError
+from moesaic.moe_config import PUBLISHED_ROUTERS
 
 # In the order in which a model that was made here is offered to them: the first that can express it is written.
 FAMILIES: dict[str, Family] = {
@@ -98,6 +99,11 @@ def family_for_export(config: ModelConfig) -> Family:
     if config.model_type:
         family_of(config.model_type).config_to_hf(config)
         return family_of(config.model_type)
+    if config.moe is not None and config.moe.router not in PUBLISHED_ROUTERS:
+        raise MoesaicError(
+            f"no Hugging Face family has the router {config.moe.router}: this model trains and runs here, but "
+            f"cannot be exported; the routers that can be are {', '.join(PUBLISHED_ROUTERS)}"
+        )
     lost = {}
     for family in FAMILIES.values():
         if family.sparse == (config.moe is not None):

@@ -121,13 +121,11 @@ def _canonical(config: ModelConfig) -> ModelConfig:
             topk_group=moe.topk_group if moe.n_group > 1 else 1,
             group_score=moe.group_score if moe.n_group > 1 else "max",
             norm_topk_prob=normalised or not scores_all,
-            norm_topk_min=moe.norm_topk_min if normalised else 0.0,
+            norm_topk_min=moe.norm_topk_min if normalised else MoEConfig.norm_topk_min,
             norm_topk_order=moe.norm_topk_order if normalised else 1.0,
             swiglu_limit=moe.swiglu_limit if moe.activation == "clamped_swiglu" else 1.0,
             swiglu_alpha=moe.swiglu_alpha if moe.activation == "clamped_swiglu" else 1.0,
             router_jitter_noise=moe.router_jitter_noise if moe.router == "sparsemixer" else 0.0,
-            top_p=moe.top_p if moe.router == "softmax_top_p" else 1.0,
-            slots_per_expert=moe.slots_per_expert if moe.router == "soft" else 1,
             expert_bias_form=moe.expert_bias_form if moe.has_expert_bias else "add",
             router_input_jitter=0.0,  # this and a capacity are of training alone, except for expert choice
             capacity_factor=moe.capacity_factor if moe.router == "expert_choice" else None,
@@ -140,7 +138,6 @@ def _canonical(config: ModelConfig) -> ModelConfig:
         model_type="",
         initializer_range=0.0,
         intermediate_size=config.intermediate_size if config.num_dense_layers else 0,
-        depth_capacity=config.depth_capacity if config.depth_layers else 1.0,
         attention_chunk_size=config.attention_chunk_size if "chunked_attention" in layer_types else None,
         floor_scale=config.floor_scale if config.attn_scale else 1,
     )

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moesaic.config import ModelConfig
-from moesaic.errors import MoesaicError
 from moesaic.model.noise import combine, uniform
 from moesaic.model.routing_context import RoutingContext
 from moesaic.ops import Choice, Routing
@@ -67,12 +66,11 @@ class Router(nn.Module):
         return self._assemble(choice, weights_N, logits_TE, context)
 
     def _choice(self, logits: Tensor, context: RoutingContext) -> Choice:
-        if context.replay is None:
-            return self.select(logits, context).without_padding(context.flat_mask)
-        (choice,) = context.replay
-        if choice.token_ids.numel() and int(choice.token_ids.max()) >= len(logits):
-            raise MoesaicError(f"the recorded routing has more tokens than the {len(logits)} of this pass")
-        return choice
+        if context.replay is not None:
+            (choice,) = context.replay
+        else:
+            choice = self.select(logits, context)
+        return choice.without_padding(context.flat_mask)
 
     def _assemble(self, choice: Choice, weights: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
         whole = choice.kept is None

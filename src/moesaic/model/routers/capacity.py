@@ -3,6 +3,8 @@
 B sequences, L positions, T = B x L tokens, E experts, K experts per token.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,9 @@ from moesaic.ops import Choice
 
 
 def sequence_capacity(context: RoutingContext, share: float) -> Tensor:
-    """(B,) int64: an expert's room in each sequence, `share` of its tokens, rounded up; padding makes no room."""
-    exact_B = context.lengths().double() * share
+    """(B,) int64: an expert's room in each sequence, `share` of its tokens, rounded up, at most all of them; padding
+    makes no room."""
+    exact_B = context.lengths().double() * min(share, 1.0)
     return torch.ceil(exact_B - 1e-9).long()  # 0.07 x 100 is 7 and not 8
 
 
@@ -24,8 +27,10 @@ def choose_within_capacity(
     With `another_if_full` a token that finds an expert full goes on to its next best: tokens propose, experts keep the
     earliest, until nobody is turned away (Gale and Shapley's algorithm; since all experts prefer the same tokens, this
     is what serving one token after the other would give). Later tokens never change what an earlier one gets. Where too
-    few experts are left, the best of those that refused it stand in the rows that are not kept.
+    few experts are left, the best of those that refused it stand in the rows that are not kept. What it asked for first
+    is the load, or balance would not know of the queue.
     """
+    asked_TK = selection.topk(top_k, dim=-1).indices
     shape_BLE = (*context.tokens.shape, selection.shape[1])
     mask = context.flat_mask
     open_TE = selection if mask is None else selection.masked_fill(~mask.unsqueeze(1), -torch.inf)
@@ -45,4 +50,5 @@ def choose_within_capacity(
         return Choice.of_topk(best.indices, kept_TK)
     turned_away_TK = selection.masked_fill(~refused_TE, -torch.inf).topk(top_k, dim=-1).indices
     nth_TK = (~kept_TK).cumsum(1).sub(1).clamp_min(0)
-    return Choice.of_topk(torch.where(kept_TK, best.indices, turned_away_TK.gather(1, nth_TK)), kept_TK)
+    choice = Choice.of_topk(torch.where(kept_TK, best.indices, turned_away_TK.gather(1, nth_TK)), kept_TK)
+    return replace(choice, asked_ids=asked_TK.flatten())

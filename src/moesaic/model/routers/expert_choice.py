@@ -36,7 +36,6 @@ class ExpertChoiceRouter(LinearRouter):
     def select(self, logits: Tensor, context: RoutingContext) -> Choice:
         batch_size, length = context.tokens.shape
         capacity_B = sequence_capacity(context, self.capacity_factor * self.top_k / self.num_experts)
-        capacity_B = capacity_B.minimum(context.lengths())
         scores_BLE = self.scores(logits).view(batch_size, length, self.num_experts)
         if context.mask is not None:
             scores_BLE = scores_BLE.masked_fill(~context.mask.unsqueeze(-1), -1.0)

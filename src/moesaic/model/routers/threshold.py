@@ -54,24 +54,26 @@ class ReLURouter(LinearRouter):
     takes K experts on average. A token may take none.
     """
 
-    l1_coefficient: Tensor
+    log_l1_weight: Tensor
     """() float32: the natural logarithm of the L1 loss's weight, over that of L1_START; 0 in a new model."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.register_buffer("l1_coefficient", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("log_l1_weight", torch.zeros((), dtype=torch.float32))
 
     @property
     def l1_weight(self) -> Tensor:
         """()."""
-        return L1_START * self.l1_coefficient.exp()
+        return L1_START * self.log_l1_weight.exp()
 
     @torch.no_grad()
     def steer(self, mean_experts_per_token: Tensor | float, growth: float = L1_GROWTH) -> None:
         """Multiplies the L1 loss's weight by `growth` where tokens take more than K experts, divides it where they take
-        fewer. Call once per optimizer step, with the mean over the whole batch, padding left out."""
-        excess = torch.as_tensor(mean_experts_per_token, device=self.l1_coefficient.device) - self.top_k
-        self.l1_coefficient += math.log(growth) * torch.sign(excess).to(self.l1_coefficient.dtype)
+        fewer, but never below L1_START: from far below it would take many steps to act again. Call once per optimizer
+        step, with the mean over the whole batch, padding left out."""
+        excess = torch.as_tensor(mean_experts_per_token, device=self.log_l1_weight.device) - self.top_k
+        self.log_l1_weight += math.log(growth) * torch.sign(excess).to(self.log_l1_weight.dtype)
+        self.log_l1_weight.clamp_(min=0.0)
 
     def scores(self, logits: Tensor) -> Tensor:
         return logits.relu()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moesaic.config import ModelConfig
+from moesaic.errors import UsageError
 from moesaic.model.noise import combine, normal
 from moesaic.model.routers.base import LinearRouter
 from moesaic.model.routers.capacity import choose_within_capacity, sequence_capacity
@@ -51,6 +52,12 @@ class TopKRouter(LinearRouter):
         return choose_within_capacity(selection_TE, self.top_k, capacity_B, context, another_if_full=another_if_full)
 
     def weigh(self, logits: Tensor, choice: Choice) -> Tensor:
+        if choice.top_k != self.top_k:
+            recorded = "a varying number of" if choice.top_k is None else choice.top_k
+            raise UsageError(
+                f"the recorded routing sends each token to {recorded} experts, and this router to {self.top_k}; replay "
+                "it on a model that takes as many"
+            )
         return self.weights(logits, choice.expert_ids.view(len(logits), self.top_k)).flatten()
 
     def _assemble(self, choice: Choice, weights: Tensor, logits: Tensor, context: RoutingContext) -> Routing:
