@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +19,8 @@ from moesaic.ops.device import device_name, resolve_device
 from moesaic.ops.instruction_set import instruction_set
 
 ROOT = Path(__file__).parents[1]
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""97.5 % quantiles of Student's t with 1, 2, … degrees of freedom."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,25 @@ class Row:
     goal: float | None = None
     """Of the ratio where there is one, else of ours."""
     met: bool | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and half the width of its 95 % confidence interval, which one seed does not give."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        count = len(values)
+        if count < 2:
+            return cls(values[0], math.inf)
+        quantile = T_QUANTILES[min(count - 1, len(T_QUANTILES)) - 1]
+        return cls(statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(count))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + (f" ± {self.half:.4f}" if math.isfinite(self.half) else "")
 
 
 def hardware() -> str:

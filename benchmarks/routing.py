@@ -10,7 +10,6 @@ import argparse
 import datetime
 import hashlib
 import json
-import math
 import os
 import shutil
 import statistics
@@ -21,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import Row, commit, hardware, note, run_benchmark
+from common import Estimate, Row, commit, hardware, note, run_benchmark
 from rich.console import Console
 
 from moesaic.accounting import count_parameters, training_flops_per_token
@@ -43,8 +42,6 @@ MICRO_BATCHES = 4
 """Per optimizer step, wherever the Switch loss balances."""
 LOSS_FREE_PAIRS = (("loss-free", "switch-sigmoid"), ("quantile", "switch"), ("loss-free", "switch"))
 """A bias and a loss that balance; the first two pairs score alike, as the published comparison does."""
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""97.5 % quantiles of Student's t with 1, 2, … degrees of freedom."""
 
 UNBALANCED = BalanceConfig()
 
@@ -141,25 +138,6 @@ class Result:
 
 Races = dict[str, list[Result]]
 """Results by contestant, in the order of the seeds."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and half the width of its 95 % confidence interval, which one seed does not give."""
-
-    mean: float
-    half: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        count = len(values)
-        if count < 2:
-            return cls(values[0], math.inf)
-        quantile = T_QUANTILES[min(count - 1, len(T_QUANTILES)) - 1]
-        return cls(statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(count))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.4f}" + (f" ± {self.half:.4f}" if math.isfinite(self.half) else "")
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ CASES: dict[str, tuple[dict[str, Any], BalanceConfig]] = {
     "hash": ({"router": "hash"}, BalanceConfig()),
     "expert_choice": ({"router": "expert_choice"}, Z_ONLY),
     "sinkhorn": ({"router": "sinkhorn"}, GLOBAL),
-    "base": ({"router": "base"}, SEQUENCE),
+    "base": ({"router": "base"}, Z_ONLY),
     "soft": ({"router": "soft", "slots_per_expert": 2}, BalanceConfig()),
     "depths": ({"router": "softmax_topk", "depth_layers": (1,), "depth_capacity": 0.5}, GLOBAL),
     "depths, bias": ({"router": "sigmoid_topk", "depth_layers": (0,), "depth_capacity": 0.7}, BIAS),

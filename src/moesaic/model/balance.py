@@ -14,7 +14,8 @@ from torch import Tensor
 from moesaic.model.routers import Router
 from moesaic.ops import Routing
 
-HISTOGRAM_BINS = 1000
+HISTOGRAM_BINS = 1001
+"""An odd number, so that 0 lies within a bin: it is what the expert at the cut-off needs, give or take rounding."""
 NARROWEST_BIN = 1e-6
 """Distance from the present bias below which bins are equally wide, 3 % of this."""
 
