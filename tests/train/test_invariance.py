@@ -8,6 +8,7 @@ float32 to 1e-4. The ways are chosen so that every two settings meet; each is cr
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -227,25 +228,24 @@ def test_every_router_is_in_the_suite() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_no_way_to_compute_a_batch_changes_what_it_teaches(name: str) -> None:
     config, balance = make_config(name)
-    example = Example.draw()
-    expected = {way: observe(config, balance, example, way, torch.float64) for way in PLAIN}
-    for way in WAYS:
-        got = observe(config, balance, example, way, torch.float64)
-        try:
-            assert_equal(got, expected[plain_of(way)], 1e-10)
-        except AssertionError as error:
-            raise AssertionError(f"{way}: {error}") from error
+    assert_all_ways_teach_the_same(config, balance, Example.draw(), WAYS, torch.float64, 1e-10)
 
 
 @pytest.mark.parametrize("name", FLOAT32_CASES)
 def test_no_backend_changes_what_a_batch_teaches(name: str) -> None:
     config, balance = make_config(name)
     example = draw_with_margins(config, balance)
-    expected = {way: observe(config, balance, example, way, torch.float32) for way in PLAIN}
-    for way in FLOAT32_WAYS:
-        got = observe(config, balance, example, way, torch.float32)
+    assert_all_ways_teach_the_same(config, balance, example, FLOAT32_WAYS, torch.float32, 1e-4)
+
+
+def assert_all_ways_teach_the_same(
+    config: ModelConfig, balance: BalanceConfig, example: Example, ways: Sequence[Way], dtype: torch.dtype, bound: float
+) -> None:
+    expected = {way: observe(config, balance, example, way, dtype) for way in PLAIN}
+    for way in ways:
+        got = observe(config, balance, example, way, dtype)
         try:
-            assert_equal(got, expected[plain_of(way)], 1e-4)
+            assert_equal(got, expected[plain_of(way)], bound)
         except AssertionError as error:
             raise AssertionError(f"{way}: {error}") from error
 

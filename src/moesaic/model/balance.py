@@ -90,7 +90,7 @@ def load_of_sequences(routing: Routing, batch_size: int) -> Tensor:
     if routing.mask is not None:
         is_token_N = routing.mask[token_ids_N]
         token_ids_N, expert_ids_N = token_ids_N[is_token_N], expert_ids_N[is_token_N]
-    sequence_N = token_ids_N // (max(routing.num_tokens // max(batch_size, 1), 1))
+    sequence_N = token_ids_N // max(routing.num_tokens // max(batch_size, 1), 1)
     place_N = sequence_N * routing.num_experts + expert_ids_N
     flat = torch.bincount(place_N, minlength=batch_size * routing.num_experts)
     return flat.view(batch_size, routing.num_experts)
