@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moesaic.config import BalanceConfig, ModelConfig, MoEConfig, TrainConfig
-from moesaic.model.routers import ROUTERS, ReLURouter, TopKRouter
+from moesaic.model.routers import ROUTERS, ReLURouter
 from moesaic.model.transformer import Transformer
 from moesaic.train.objective import Batch, accumulate_gradients, update_after_step
 
@@ -98,8 +98,7 @@ WAYS = (
     Way(4, "right", checkpointing=True, ragged=True),
     Way(1, "left", checkpointing=True, ragged=True),
 )
-# In float32, which only margins make repeatable, the routers whose margins are easily told.
-FLOAT32_CASES = ("softmax_topk", "sigmoid_topk", "topk_softmax", "noisy_topk", "free experts", "capacity, drop")
+# In float32, where only what no rounding decides repeats.
 FLOAT32_WAYS = (
     Way(2, "left"),
     Way(4, "right", checkpointing=True, ragged=True),
@@ -107,7 +106,10 @@ FLOAT32_WAYS = (
     Way(4, "left", backend="grouped"),
     Way(2, "right", checkpointing=True, backend="grouped", ragged=True),
 )
-MARGIN = 3e-5
+PERTURBATION = 1e-5
+"""Relative change of the weights under which an example must teach the same before it is judged in float32."""
+PERTURBED_RUNS = 3
+MAX_DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -163,10 +165,20 @@ def make_config(name: str) -> tuple[ModelConfig, BalanceConfig]:
     return config, balance
 
 
-def observe(config: ModelConfig, balance: BalanceConfig, example: Example, way: Way, dtype: torch.dtype) -> Observed:
+def observe(
+    config: ModelConfig,
+    balance: BalanceConfig,
+    example: Example,
+    way: Way,
+    dtype: torch.dtype,
+    perturbation: float = 0.0,
+) -> Observed:
     model = Transformer(config, backend=way.backend)
     model.init_weights(seed=0)
     model.to(dtype).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1 + perturbation * torch.randn_like(parameter)
     model.activation_checkpointing = way.checkpointing
     for layer in model.moe_layers:
         if layer.router.expert_bias is not None:
@@ -231,10 +243,10 @@ def test_no_way_to_compute_a_batch_changes_what_it_teaches(name: str) -> None:
     assert_all_ways_teach_the_same(config, balance, Example.draw(), WAYS, torch.float64, 1e-10)
 
 
-@pytest.mark.parametrize("name", FLOAT32_CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_no_backend_changes_what_a_batch_teaches(name: str) -> None:
     config, balance = make_config(name)
-    example = draw_with_margins(config, balance)
+    example = draw_stable(config, balance)
     assert_all_ways_teach_the_same(config, balance, example, FLOAT32_WAYS, torch.float32, 1e-4)
 
 
@@ -250,25 +262,21 @@ def assert_all_ways_teach_the_same(
             raise AssertionError(f"{way}: {error}") from error
 
 
-def draw_with_margins(config: ModelConfig, balance: BalanceConfig) -> Example:
-    """An example in whose plain passes every token's choice is clear by MARGIN."""
-    gaps: list[float] = []
-
-    def selection(router: TopKRouter, logits: Tensor, context: Any) -> Tensor:
-        values_TE = original[type(router)](router, logits, context)
-        real_TE = values_TE if context.mask is None else values_TE[context.flat_mask]
-        best_TK = real_TE.topk(router.top_k + 1, dim=-1).values
-        gaps.append(float((best_TK[:, -2] - best_TK[:, -1]).min()))
-        return values_TE
-
-    kind = ROUTERS[config.moe.router]  # type: ignore[union-attr]
-    original = {kind: kind.selection}  # type: ignore[attr-defined]
-    while True:
+def draw_stable(config: ModelConfig, balance: BalanceConfig) -> Example:
+    """An example in which no choice is so close that a perturbation a hundred times above rounding turns it."""
+    for _ in range(MAX_DRAWS):
         example = Example.draw()
-        gaps.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kind, "selection", selection)
-            for way in PLAIN:
-                observe(config, balance, example, way, torch.float32)
-        if min(gaps) > MARGIN:
+        if all(is_stable(config, balance, example, way) for way in PLAIN):
             return example
+    raise AssertionError(f"none of {MAX_DRAWS} examples is stable")
+
+
+def is_stable(config: ModelConfig, balance: BalanceConfig, example: Example, way: Way) -> bool:
+    expected = observe(config, balance, example, way, torch.float32)
+    for _ in range(PERTURBED_RUNS):
+        got = observe(config, balance, example, way, torch.float32, perturbation=PERTURBATION)
+        try:
+            assert_equal(got, expected, 1e-2)
+        except AssertionError:
+            return False
+    return True
