@@ -2,8 +2,51 @@
 #include <nanobind/nanobind.h>
 
 #include "cpu_features.h"
+#include "experts.h"
 
 namespace nb = nanobind;
+
+namespace {
+
+// Arrays come as addresses, 0 for none: what a tensor's data_ptr() is.
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// As ops/native.py builds it: sizes (T, N, E, D, F), activation (number, limit, alpha), and the inputs' addresses.
+struct Experts {
+  moesaic_experts value{};
+
+  Experts(nb::tuple sizes, nb::tuple activation, uintptr_t plan, nb::tuple inputs) {
+    const auto size = [&](int i) { return nb::cast<int64_t>(sizes[i]); };
+    const auto input = [&](int i) { return at<const float>(nb::cast<uintptr_t>(inputs[i])); };
+    value.num_tokens = size(0), value.num_rows = size(1), value.num_experts = size(2);
+    value.hidden_size = size(3), value.intermediate_size = size(4);
+    value.activation = nb::cast<int32_t>(activation[0]);
+    value.limit = nb::cast<float>(activation[1]), value.alpha = nb::cast<float>(activation[2]);
+    value.plan = moesaic_plan_view(at<const int32_t>(plan), size(0), size(1), size(2));
+    value.x = input(0), value.row_weights = input(1), value.gate_up = input(2), value.down = input(3);
+    value.gate_up_bias = input(4), value.down_bias = input(5);
+  }
+};
+
+int experts_forward(const Experts& experts, int threads, const char* instruction_set, uintptr_t pre_activations,
+                    uintptr_t y) {
+  nb::gil_scoped_release unlocked;
+  return moesaic_experts_forward(&experts.value, threads, instruction_set, at<float>(pre_activations), at<float>(y));
+}
+
+int experts_backward(const Experts& experts, int threads, const char* instruction_set, uintptr_t pre_activations,
+                     uintptr_t grad_y, nb::tuple gradients) {
+  const auto gradient = [&](int i) { return at<float>(nb::cast<uintptr_t>(gradients[i])); };
+  moesaic_expert_gradients all{gradient(0), gradient(1), gradient(2), gradient(3), gradient(4), gradient(5)};
+  nb::gil_scoped_release unlocked;
+  return moesaic_experts_backward(&experts.value, threads, instruction_set, at<const float>(pre_activations),
+                                  at<const float>(grad_y), &all);
+}
+
+}  // namespace
 
 NB_MODULE(_native, module) {
   module.doc() = "C++ CPU kernels of moesaic.";
@@ -19,4 +62,33 @@ NB_MODULE(_native, module) {
         return features;
       },
       "Feature name, spelled as in /proc/cpuinfo, to whether CPU and operating system support it.");
+
+  module.def(
+      "expert_kernels",
+      [] {
+        nb::list names;
+        for (const char* const* name = moesaic_expert_kernels(); *name; ++name) names.append(*name);
+        return names;
+      },
+      "Instruction sets whose expert kernels run here, the best first.");
+  module.def("plan_size", &moesaic_plan_size, nb::arg("num_tokens"), nb::arg("num_rows"), nb::arg("num_experts"));
+  module.def(
+      "make_plan",
+      [](uintptr_t token_ids, uintptr_t expert_ids, int64_t num_tokens, int64_t num_rows, int64_t num_experts,
+         uintptr_t plan) {
+        nb::gil_scoped_release unlocked;
+        return moesaic_make_plan(at<const int64_t>(token_ids), at<const int64_t>(expert_ids), num_tokens, num_rows,
+                                 num_experts, at<int32_t>(plan));
+      },
+      nb::arg("token_ids"), nb::arg("expert_ids"), nb::arg("num_tokens"), nb::arg("num_rows"), nb::arg("num_experts"),
+      nb::arg("plan"), "See moesaic_make_plan in experts.h.");
+  nb::class_<Experts>(module, "Experts", "The inputs of the experts of one layer; see moesaic_experts in experts.h.")
+      .def(nb::init<nb::tuple, nb::tuple, uintptr_t, nb::tuple>(), nb::arg("sizes"), nb::arg("activation"),
+           nb::arg("plan"), nb::arg("inputs"));
+  module.def("experts_forward", &experts_forward, nb::arg("experts"), nb::arg("threads"),
+             nb::arg("instruction_set"), nb::arg("pre_activations"), nb::arg("y"),
+             "See moesaic_experts_forward in experts.h.");
+  module.def("experts_backward", &experts_backward, nb::arg("experts"), nb::arg("threads"),
+             nb::arg("instruction_set"), nb::arg("pre_activations"), nb::arg("grad_y"), nb::arg("gradients"),
+             "See moesaic_experts_backward in experts.h.");
 }

@@ -151,7 +151,7 @@ def test_chat_continues_and_ends_with_its_input(trained: Path) -> None:
 
 def test_doctor_names_the_backend_and_the_instruction_set() -> None:
     report = json.loads(moesaic("doctor", "--json").stdout)
-    assert report["backend"] == "grouped"
+    assert report["backend"] in ("native", "grouped")
     assert report["instruction_set"]
     assert report["gflops"]["float32"] > 0
     assert "backend reference" in moesaic("doctor").stdout
@@ -164,7 +164,7 @@ REFUSALS: list[tuple[list[str], int, list[str]]] = [
     (["generate", "{run}", "--prompt", "x", "--top-p", "0"], 2, ["top_p is 0"]),
     (["generate", "{run}", "--prompt", ""], 2, ["prompt is empty"]),
     (["generate", "{run}", "--prompt", "x", "--max-tokens", "9999"], 2, ["lower --max-tokens to 2047"]),
-    (["generate", "{run}", "--prompt", "x", "--backend", "cuda"], 2, ["choose auto, grouped, reference"]),
+    (["generate", "{run}", "--prompt", "x", "--backend", "cuda"], 2, ["choose auto, native, grouped, reference"]),
     (["generate", "{folder}/nothing", "--prompt", "x"], 2, ["neither a run directory"]),
     (["generate", "no-one/nothing", "--prompt", "x", "--offline"], 1, ["not in the local cache", "without --offline"]),
     (["chat", "no-one/nothing", "--offline"], 1, ["not in the local cache", "without --offline"]),
@@ -184,7 +184,7 @@ REFUSALS: list[tuple[list[str], int, list[str]]] = [
     (["train", "{config}", "--out", "{folder}/new", "--data.source", "{folder}/short.txt"], 2, ["10 for training"]),
     (["train", "{config}", "--out", "{folder}/text.txt"], 2, ["cannot write to"]),
     (["train", "{config}", "--out", "{folder}/text.txt/run"], 2, ["cannot write to"]),
-    (["train", "{config}", "--out", "{folder}/new", "--backend", "fast"], 2, ["choose auto, grouped, reference"]),
+    (["train", "{config}", "--out", "{folder}/new", "--backend", "fast"], 2, ["choose auto, native, grouped"]),
     (["train", "{config}", "--out", "{folder}/new", "--optimizer.lr", "inf"], 2, ["lr is inf"]),
     (["train", "{config}", "--out", "{folder}/new", "--steps", "9" * 5000], 2, ["steps"]),
     (["train", "{config}", "--out", "{folder}/new", "--seed", "9" * 20], 2, ["2^63"]),

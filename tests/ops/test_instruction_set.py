@@ -66,3 +66,17 @@ def test_status_names_the_reason_and_a_command(monkeypatch: pytest.MonkeyPatch, 
     assert words in status
     assert "-m pip install --force-reinstall --no-deps" in status
     assert "\n" not in status
+
+
+@pytest.mark.skipif(not NATIVE_BUILT, reason="the native module is not built")
+def test_status_of_the_kernels_says_why_no_faster_ones_run(monkeypatch: pytest.MonkeyPatch):
+    features = dict.fromkeys(subject.cpu_features(), True)
+    status, native = subject.expert_kernels_status(), subject.native_module()
+    assert native is not None
+    assert status.split(";")[0] == native.expert_kernels()[0]
+    monkeypatch.setattr(native, "expert_kernels", lambda: ["portable"])
+    monkeypatch.setattr(native, "cpu_features", lambda: {**features, "fma": False, "avx512bw": False})
+    expected = "portable; avx512f not: this CPU lacks avx512bw, fma; avx2 not: this CPU lacks fma"
+    assert subject.expert_kernels_status() == expected
+    monkeypatch.setattr(native, "cpu_features", lambda: features)
+    assert "avx2 not: the compiler could not build it" in subject.expert_kernels_status()

@@ -22,7 +22,7 @@ def doctor(*, json_output: JsonFlag = False) -> None:
 
     from moesaic.ops import BACKENDS, ExpertShape, pick, refusal
     from moesaic.ops.device import device_name, measured_matmul_peak, resolve_device
-    from moesaic.ops.instruction_set import cpu_features, instruction_set, native_status
+    from moesaic.ops.instruction_set import cpu_features, expert_kernels_status, instruction_set, native_status
 
     device = resolve_device("auto")
     shape = ExpertShape(hidden_size=1024, moe_intermediate_size=512, device=device.type, dtype=torch.float32)
@@ -35,6 +35,7 @@ def doctor(*, json_output: JsonFlag = False) -> None:
         "backend": picked,
         "instruction_set": instruction_set(),
         "native_kernels": native_status(),
+        "expert_kernels": expert_kernels_status(),
         "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -51,7 +52,7 @@ def doctor(*, json_output: JsonFlag = False) -> None:
         print(json.dumps(report))
         return
     table = Table(show_header=False, box=None, pad_edge=False)
-    for key in ("device", "instruction_set", "native_kernels", "cores", "threads", "torch", "python"):
+    for key in ("device", "instruction_set", "native_kernels", "expert_kernels", "cores", "threads", "torch", "python"):
         table.add_row(key.replace("_", " "), str(report[key]))
     table.add_row("matrix products", f"{peaks['float32']} GFLOP/s in float32, {peaks['bfloat16']} in bfloat16")
     for name, reason in report["backends"].items():

@@ -13,6 +13,7 @@ from torch import Tensor
 from moesaic.errors import UsageError
 from moesaic.ops.activation import ACTIVATIONS, Activation
 from moesaic.ops.grouped import grouped_experts
+from moesaic.ops.native import NATIVE_ACTIVATIONS, native_experts, why_native_is_missing
 from moesaic.ops.reference import reference_experts
 from moesaic.ops.routing import Choice, Routing
 from moesaic.ops.weights import ExpertWeights
@@ -64,11 +65,22 @@ class Backend:
     """Whether it adds biases to the experts' projections."""
     row_alignment_bytes: int = 1
     """hidden_size and moe_intermediate_size must fill a multiple of this many bytes."""
+    missing: Callable[[], str | None] = lambda: None
+    """Why this machine cannot run it at all; None when it can."""
     about: str = ""
 
 
 # In the order of preference: the first that accepts a layer is what `auto` means.
 BACKENDS: dict[str, Backend] = {
+    "native": Backend(
+        run=native_experts,
+        devices=frozenset({"cpu"}),
+        dtypes=frozenset({torch.float32}),
+        activations=frozenset(NATIVE_ACTIVATIONS),
+        biases=True,
+        missing=why_native_is_missing,
+        about="fused C++ kernels for CPUs",
+    ),
     "grouped": Backend(
         run=grouped_experts,
         devices=frozenset({"cpu", "cuda"}),
@@ -105,7 +117,7 @@ def refusal(name: str, shape: ExpertShape) -> str | None:
         if size * shape.dtype.itemsize % backend.row_alignment_bytes:
             alignment = backend.row_alignment_bytes
             return f"{field} {size} x {shape.dtype.itemsize} bytes is not a multiple of {alignment} bytes"
-    return None
+    return backend.missing()
 
 
 def require_known(name: str) -> None:

@@ -4,6 +4,7 @@ The native module asks the CPU itself. Without it torch's own kernels do all the
 """
 
 import importlib
+import itertools
 import platform
 import shlex
 import shutil
@@ -23,16 +24,26 @@ _FEATURES_OF_LEVEL = {
     "neon": {"neon"},
     "portable": set(),
 }
+_LEVELS_OF_KERNELS = ("avx512f", "avx2", "portable")
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
     """The native module, or None and why it is missing."""
     try:
-        return importlib.import_module("moesaic._native"), ""
+        module = importlib.import_module("moesaic._native")
     except ModuleNotFoundError:
         return None, "not built"
     except ImportError as error:
         return None, f"built but does not load: {error}"
+    if not hasattr(module, "expert_kernels"):
+        return None, "built from older sources"
+    return module, ""
+
+
+def native_module() -> ModuleType | None:
+    """`moesaic._native`, or None when `native_status` says why not."""
+    module, _ = _load_native()
+    return module
 
 
 def instruction_set() -> str:
@@ -66,6 +77,20 @@ def native_status() -> str:
     if why == "not built":
         return f"not built: the compiler was missing or failed at installation; see why: {_reinstall_command()} -v"
     return f"{why}; build it again: {_reinstall_command()}"
+
+
+def expert_kernels_status() -> str:
+    """One line: the instruction set that the experts' kernels run on, and why it is none of the faster ones."""
+    native = native_module()
+    if native is None:
+        return native_status()
+    (running, *_), features = native.expert_kernels(), native.cpu_features()
+    reasons = []
+    for level in itertools.takewhile(lambda level: level != running, _LEVELS_OF_KERNELS):
+        lacking = sorted(name for name in _FEATURES_OF_LEVEL[level] if not features[name])
+        why = f"this CPU lacks {', '.join(lacking)}" if lacking else "the compiler could not build it"
+        reasons.append(f"{level} not: {why}")
+    return "; ".join([running, *reasons])
 
 
 def _reinstall_command() -> str:

@@ -1,0 +1,80 @@
+// Experts on a CPU, float32: the C-level interface of the kernels. Pointers and sizes only; every array is row-major
+// and contiguous, and belongs to the caller.
+//
+// T tokens, N assignments (one row of expert work each), E experts, D hidden size, F expert intermediate size.
+//
+// Results do not depend on the number of threads: every number is one chain of operations whose order follows from the
+// sizes and the routing alone. They differ in the last bits between instruction sets.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum moesaic_activation {
+  MOESAIC_SWIGLU = 0,          // silu(gate) * up
+  MOESAIC_CLAMPED_SWIGLU = 1,  // (u + 1) * g * sigmoid(alpha * g) with g = min(gate, limit), u = up in -limit..limit
+};
+
+// Where the rows of a routing are. Assignments in the order of their experts, those of one expert in the order given,
+// are the "sorted rows"; pre-activations and scratch are laid out in that order.
+//   expert_offsets  (E + 1)  the sorted rows of expert e are expert_offsets[e] .. expert_offsets[e + 1] - 1
+//   assignments     (N)      the assignment of each sorted row
+//   tokens          (N)      its token
+//   token_offsets   (T + 1)  the entries of token t in token_rows are token_offsets[t] .. token_offsets[t + 1] - 1
+//   token_rows      (N)      the sorted rows of each token, in the order of its assignments
+// All five stand one after another in one array of moesaic_plan_size() int32.
+typedef struct {
+  const int32_t *expert_offsets, *assignments, *tokens, *token_offsets, *token_rows;
+} moesaic_plan;
+
+int64_t moesaic_plan_size(int64_t num_tokens, int64_t num_rows, int64_t num_experts);
+
+moesaic_plan moesaic_plan_view(const int32_t* plan, int64_t num_tokens, int64_t num_rows, int64_t num_experts);
+
+// Fills `plan` from the ids of N assignments. Returns -1, or the first assignment whose token or expert does not exist.
+int64_t moesaic_make_plan(const int64_t* token_ids, const int64_t* expert_ids, int64_t num_tokens, int64_t num_rows,
+                          int64_t num_experts, int32_t* plan);
+
+typedef struct {
+  int64_t num_tokens, num_rows, num_experts, hidden_size, intermediate_size;
+  int32_t activation;  // a moesaic_activation
+  float limit, alpha;  // of MOESAIC_CLAMPED_SWIGLU
+  moesaic_plan plan;
+  const float* x;             // (T, D)
+  const float* row_weights;   // (N), in the order of the assignments
+  const float* gate_up;       // (E, 2F, D), gate first
+  const float* down;          // (E, D, F)
+  const float* gate_up_bias;  // (E, 2F) or NULL
+  const float* down_bias;     // (E, D) or NULL
+} moesaic_experts;
+
+// y (T, D): each token's experts, times the weights of its rows, summed. Writes the pre-activations (N, 2F), biases
+// included, which the backward pass reads.
+//
+// instruction_set is a name of moesaic_expert_kernels(), or NULL or "" for the best. Returns 0, -1 when this machine or build
+// lacks the instruction set, -2 when memory runs out.
+int moesaic_experts_forward(const moesaic_experts* experts, int threads, const char* instruction_set,
+                            float* pre_activations, float* y);
+
+typedef struct {
+  float* x;             // (T, D)
+  float* row_weights;   // (N), in the order of the assignments
+  float* gate_up;       // (E, 2F, D)
+  float* down;          // (E, D, F)
+  float* gate_up_bias;  // (E, 2F); NULL where there is no such bias
+  float* down_bias;     // (E, D); likewise
+} moesaic_expert_gradients;
+
+// All gradients, overwritten; zeros for experts without rows. Returns as moesaic_experts_forward does.
+int moesaic_experts_backward(const moesaic_experts* experts, int threads, const char* instruction_set,
+                             const float* pre_activations, const float* grad_y, moesaic_expert_gradients* gradients);
+
+// The instruction sets that expert kernels are built for and this machine runs, the best first, ended by NULL.
+const char* const* moesaic_expert_kernels(void);
+
+#ifdef __cplusplus
+}
+#endif

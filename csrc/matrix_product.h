@@ -1,0 +1,234 @@
+// Blocked single-precision matrix products for one thread, in terms of `Vector`, `tile_rows` and `tile_vectors` of the
+// file that includes this one. Everything here has internal linkage, because each instruction set compiles it anew.
+//
+// The left factor is always read element by element and multiplied with vectors of the right factor, which is packed
+// into panels of `panel_width` columns. A tile of the result stays in registers while the products are summed up.
+#pragma once
+
+#include <string.h>
+
+#include "expert_kernels.h"
+
+#if defined(_MSC_VER)
+#include <xmmintrin.h>
+#define MOESAIC_PREFETCH(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1)
+#define MOESAIC_PREFETCH_FOR_WRITE(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0)
+#define MOESAIC_UNROLL
+#else
+#define MOESAIC_PREFETCH(address) __builtin_prefetch(address, 0, 2)
+#define MOESAIC_PREFETCH_FOR_WRITE(address) __builtin_prefetch(address, 1, 3)
+#define MOESAIC_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace {
+
+constexpr int line = 16;  // floats of a line of the cache
+constexpr int panel_width = tile_vectors * Vector::width;
+// Columns of a left factor that stand together, and the distance of their rows: not a power of two, so that the rows of
+// a tile do not meet in the same lines of the cache.
+constexpr int block_width = 256;
+constexpr int block_stride = block_width + 16;
+// Rows that are summed up at once into a weight's gradient, at most.
+constexpr int most_steps = 320;
+
+// Memory that will be read soon: rows of whole lines of the cache, brought closer a few lines at a time. Many at once
+// would keep the loads that a tile waits for from being served.
+class Ahead {
+ public:
+  Ahead() = default;
+  // `calls` calls of some() cover all of it.
+  Ahead(const float* data, int64_t rows, int64_t columns, int64_t stride, int64_t calls)
+      : data_(data),
+        lines_(divide_up(columns, line)),
+        skip_(stride - lines_ * line),
+        left_(rows * lines_),
+        per_call_(divide_up(left_, calls)),
+        left_in_row_(lines_) {}
+
+  void some() {
+    const int64_t now = smaller(per_call_, left_);
+    left_ -= now;
+    for (int64_t i = 0; i < now; ++i) {
+      MOESAIC_PREFETCH(data_);
+      data_ += line;
+      if (--left_in_row_ == 0) data_ += skip_, left_in_row_ = lines_;
+    }
+  }
+
+ private:
+  const float* data_ = nullptr;
+  int64_t lines_ = 0, skip_ = 0, left_ = 0, per_call_ = 0, left_in_row_ = 0;
+};
+
+// Steps between two looks ahead.
+constexpr int stretch = 8;
+
+template <int rows, int row_stride>
+inline void add_step(const float* a, const float* panel, Vector (&sums)[rows][tile_vectors]) {
+  Vector right[tile_vectors];
+  MOESAIC_UNROLL
+  for (int j = 0; j < tile_vectors; ++j) right[j] = Vector::load(panel + j * Vector::width);
+  MOESAIC_UNROLL
+  for (int i = 0; i < rows; ++i) {
+    const Vector left = Vector::fill(a[i * row_stride]);
+    MOESAIC_UNROLL
+    for (int j = 0; j < tile_vectors; ++j) sums[i][j] = multiply_add(left, right[j], sums[i][j]);
+  }
+}
+
+// c (rows, panel_width) = or += sum over steps of a's column times the panel's row. Element (row i, step p) of the left
+// factor is a[i * row_stride + p * step_stride].
+template <int rows, int row_stride, int step_stride>
+void full_tile(const float* a, const float* panel, int64_t steps, float* c, int64_t c_stride, bool accumulate,
+               Ahead& ahead) {
+  Vector sums[rows][tile_vectors];
+  MOESAIC_UNROLL
+  for (int i = 0; i < rows; ++i) {
+    MOESAIC_UNROLL
+    for (int j = 0; j < tile_vectors; ++j) sums[i][j] = Vector::fill(0.0f);
+  }
+  int64_t p = 0;
+  for (int64_t i = 0; p + stretch <= steps; p += stretch, ++i) {
+    if (i < rows) {
+      for (int j = 0; j < panel_width; j += line) MOESAIC_PREFETCH_FOR_WRITE(c + i * c_stride + j);
+    }
+    ahead.some();
+    MOESAIC_UNROLL
+    for (int k = 0; k < stretch; ++k) {
+      add_step<rows, row_stride>(a + k * step_stride, panel + k * panel_width, sums);
+    }
+    a += stretch * step_stride;
+    panel += stretch * panel_width;
+  }
+  for (; p < steps; ++p, a += step_stride, panel += panel_width) add_step<rows, row_stride>(a, panel, sums);
+  MOESAIC_UNROLL
+  for (int i = 0; i < rows; ++i) {
+    MOESAIC_UNROLL
+    for (int j = 0; j < tile_vectors; ++j) {
+      float* const to = c + i * c_stride + j * Vector::width;
+      (accumulate ? Vector::load(to) + sums[i][j] : sums[i][j]).store(to);
+    }
+  }
+}
+
+template <int row_stride, int step_stride, int most_rows = tile_rows>
+void full_tile_of(int64_t rows, const float* a, const float* panel, int64_t steps, float* c, int64_t c_stride,
+                  bool accumulate, Ahead& ahead) {
+  if constexpr (most_rows > 0) {
+    if (rows == most_rows) {
+      full_tile<most_rows, row_stride, step_stride>(a, panel, steps, c, c_stride, accumulate, ahead);
+    } else {
+      full_tile_of<row_stride, step_stride, most_rows - 1>(rows, a, panel, steps, c, c_stride, accumulate, ahead);
+    }
+  }
+}
+
+// The same where the result has only `width` columns; the panel is full all the same.
+template <int row_stride, int step_stride>
+void tile(int64_t rows, int64_t width, const float* a, const float* panel, int64_t steps, float* c, int64_t c_stride,
+          bool accumulate, Ahead& ahead) {
+  if (width == panel_width) {
+    full_tile_of<row_stride, step_stride>(rows, a, panel, steps, c, c_stride, accumulate, ahead);
+    return;
+  }
+  float whole[tile_rows * panel_width];
+  full_tile_of<row_stride, step_stride>(rows, a, panel, steps, whole, panel_width, false, ahead);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < width; ++j) {
+      const float sum = whole[i * panel_width + j];
+      c[i * c_stride + j] = accumulate ? c[i * c_stride + j] + sum : sum;
+    }
+  }
+}
+
+// `width` floats to the start of a panel's row, zeros behind them.
+inline void copy_panel_row(const float* from, int64_t width, float* to) {
+  if (width == panel_width) {
+    for (int j = 0; j < panel_width; j += Vector::width) Vector::load(from + j).store(to + j);
+    return;
+  }
+  for (int64_t j = 0; j < width; ++j) to[j] = from[j];
+  for (int64_t j = width; j < panel_width; ++j) to[j] = 0.0f;
+}
+
+// A right factor (steps, columns) in memory: as it stands, or transposed, that is as (columns, steps).
+struct Right {
+  const float* data;
+  int64_t stride;
+  bool transposed;
+
+  // From row `step` and column `column` on.
+  Right from(int64_t step, int64_t column) const {
+    return {data + (transposed ? column * stride + step : step * stride + column), stride, transposed};
+  }
+
+  void pack(int64_t steps, int64_t width, float* panel) const {
+    if (!transposed) {
+      for (int64_t p = 0; p < steps; ++p) copy_panel_row(data + p * stride, width, panel + p * panel_width);
+      return;
+    }
+    constexpr int size = Vector::width;
+    const int64_t whole_steps = steps / size * size, whole_width = width / size * size;
+    for (int64_t j = 0; j < whole_width; j += size) {
+      for (int64_t p = 0; p < whole_steps; p += size) {
+        transpose_block(data + j * stride + p, stride, panel + p * panel_width + j, panel_width);
+      }
+    }
+    for (int64_t p = 0; p < steps; ++p) {
+      const int64_t done = p < whole_steps ? whole_width : 0;
+      for (int64_t j = done; j < width; ++j) panel[p * panel_width + j] = data[j * stride + p];
+      for (int64_t j = width; j < panel_width; ++j) panel[p * panel_width + j] = 0.0f;
+    }
+  }
+
+  // What pack() will read, in `calls` parts.
+  Ahead ahead(int64_t steps, int64_t width, int64_t calls) const {
+    return transposed ? Ahead(data, width, steps, stride, calls) : Ahead(data, steps, width, stride, calls);
+  }
+};
+
+// c (rows, columns) = or += left (rows, steps) times right (steps, columns), with at most block_width steps and rows of
+// the left factor block_stride apart. `panel` has room for a packed panel.
+inline void multiply(const float* left, int64_t rows, int64_t steps, Right right, int64_t columns, float* c,
+                     int64_t c_stride, bool accumulate, float* panel) {
+  const Parts tiles(rows, tile_rows);
+  const int64_t looks = tiles.number * (steps / stretch);
+  for (int64_t j = 0; j < columns; j += panel_width) {
+    const int64_t width = smaller<int64_t>(panel_width, columns - j);
+    right.from(0, j).pack(steps, width, panel);
+    const int64_t next_width = smaller<int64_t>(panel_width, columns - j - width);
+    Ahead ahead = next_width && looks ? right.from(0, j + width).ahead(steps, next_width, looks) : Ahead();
+    for (int64_t i = 0; i < tiles.number; ++i) {
+      tile<block_stride, 1>(tiles.size(i), width, left + tiles.start(i) * block_stride, panel, steps,
+                            c + tiles.start(i) * c_stride + j, c_stride, accumulate, ahead);
+    }
+  }
+}
+
+// Floats of a packed right factor: for each part of at most most_steps rows the panels, one after another.
+constexpr int64_t panels_size(int64_t rows, int64_t columns) { return rows * round_up(columns, panel_width); }
+
+// c (left_columns, count) = or += left (rows, left_columns) transposed times the packed right factor (rows,
+// packed_columns), of which the columns first .. first + count - 1 are used; `first` is the start of a panel. Rows of the
+// left factor are block_stride apart.
+inline void multiply_transposed(const float* left, int64_t rows, int64_t left_columns, const float* panels,
+                                int64_t packed_columns, ColumnRange columns, float* c, int64_t c_stride,
+                                bool accumulate) {
+  const Parts sums(rows, most_steps), tiles(left_columns, tile_rows);
+  const int64_t padded = round_up(packed_columns, panel_width);
+  Ahead nothing;
+  for (int64_t s = 0; s < sums.number; ++s) {
+    const int64_t steps = sums.size(s);
+    const float* const part = left + sums.start(s) * block_stride;
+    for (int64_t j = 0; j < columns.count; j += panel_width) {
+      const float* const panel = panels + sums.start(s) * padded + (columns.first + j) * steps;
+      const int64_t width = smaller<int64_t>(panel_width, columns.count - j);
+      for (int64_t i = 0; i < tiles.number; ++i) {
+        tile<1, block_stride>(tiles.size(i), width, part + tiles.start(i), panel, steps,
+                              c + tiles.start(i) * c_stride + j, c_stride, accumulate || s > 0, nothing);
+      }
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,193 @@
+#include "thread_pool.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if !defined(_WIN32)
+#include <unistd.h>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// Long enough to bridge the gap between the phases of one call, short enough not to be in the way of another pool.
+constexpr std::chrono::microseconds spin_time(40);
+constexpr int most_threads = 1024;
+
+long process_id() {
+#if defined(_WIN32)
+  return 0;  // no fork()
+#else
+  return long(getpid());
+#endif
+}
+
+void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// Rounding mode and treatment of denormal numbers: per thread, and part of what makes a result.
+uint64_t float_mode() {
+#if defined(__x86_64__) || defined(_M_X64)
+  return _mm_getcsr() & ~uint64_t(0x3f);  // without the sticky exception flags
+#elif defined(__aarch64__) && !defined(_MSC_VER)
+  uint64_t mode;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+#else
+  return 0;
+#endif
+}
+
+void set_float_mode(uint64_t mode) {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_setcsr(uint32_t(mode));
+#elif defined(__aarch64__) && !defined(_MSC_VER)
+  __asm__ volatile("msr fpcr, %0" : : "r"(mode));
+#else
+  (void)mode;
+#endif
+}
+
+// Spins until `done()` or the time is over; whether it is done.
+template <class Done>
+bool spin_until(Done done) {
+  const auto stop = std::chrono::steady_clock::now() + spin_time;
+  do {
+    for (int i = 0; i < 16; ++i) {
+      if (done()) return true;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < stop);
+  return done();
+}
+
+struct Job {
+  void (*task)(void*, int64_t, int) = nullptr;
+  void* data = nullptr;
+  int64_t num_tasks = 0;
+  uint64_t mode = 0;
+};
+
+thread_local bool inside_a_task = false;
+
+class Pool {
+ public:
+  Pool() : owner(process_id()) {}
+
+  void run(const Job& job, int threads) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      grow(threads - 1);
+      job_ = job;
+      next_.store(0, std::memory_order_relaxed);
+      wanted_ = threads - 1;
+      joined_ = 0;
+      epoch_.fetch_add(1, std::memory_order_release);
+      if (sleeping_) wake_.notify_all();
+    }
+    work(job, 0);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      wanted_ = 0;  // who has not joined by now is not needed, and must not touch `job` any more
+    }
+    const auto idle = [this] { return running_.load(std::memory_order_acquire) == 0; };
+    if (spin_until(idle)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    finished_.wait(lock, idle);
+  }
+
+  const long owner;
+  std::mutex busy;
+
+ private:
+  // Called with the mutex held. With fewer threads than asked for, these do all the work.
+  void grow(int workers) {
+    try {
+      for (; workers_ < workers; ++workers_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+    }
+  }
+
+  void serve() {
+    uint64_t seen = 0;
+    for (;;) {
+      const auto called = [&] { return epoch_.load(std::memory_order_acquire) != seen; };
+      const bool awake = spin_until(called);
+      std::unique_lock<std::mutex> lock(mutex_);
+      if (!awake) {
+        ++sleeping_;
+        wake_.wait(lock, called);
+        --sleeping_;
+      }
+      seen = epoch_.load(std::memory_order_relaxed);
+      if (!wanted_) continue;
+      --wanted_;
+      running_.fetch_add(1, std::memory_order_relaxed);
+      const int worker = ++joined_;
+      const Job job = job_;
+      lock.unlock();
+      set_float_mode(job.mode);
+      work(job, worker);
+      lock.lock();
+      if (running_.fetch_sub(1, std::memory_order_release) == 1) finished_.notify_one();
+    }
+  }
+
+  void work(const Job& job, int worker) {
+    inside_a_task = true;
+    for (;;) {
+      const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
+      if (index >= job.num_tasks) break;
+      job.task(job.data, index, worker);
+    }
+    inside_a_task = false;
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, finished_;
+  Job job_;                           // guarded by mutex_, as are the plain numbers below
+  int workers_ = 0, sleeping_ = 0, wanted_ = 0, joined_ = 0;
+  std::atomic<int> running_{0};
+  std::atomic<uint64_t> epoch_{0};
+  std::atomic<int64_t> next_{0};
+};
+
+// This process's pool. It is never destroyed: its threads live as long as the process. After fork() only the calling
+// thread lives on in the child, and the parent's pool may have been copied in the middle of anything.
+Pool& pool() {
+  static std::atomic<Pool*> current{nullptr};
+  Pool* found = current.load(std::memory_order_acquire);
+  while (!found || found->owner != process_id()) {
+    Pool* fresh = new Pool;
+    if (current.compare_exchange_strong(found, fresh, std::memory_order_acq_rel)) return *fresh;
+    delete fresh;
+  }
+  return *found;
+}
+
+}  // namespace
+
+extern "C" void moesaic_parallel(int threads, int64_t num_tasks, void (*task)(void*, int64_t, int), void* data) {
+  if (threads > most_threads) threads = most_threads;
+  if (threads > num_tasks) threads = int(num_tasks);
+  if (threads > 1 && !inside_a_task) {
+    Pool& shared = pool();
+    std::unique_lock<std::mutex> alone(shared.busy, std::try_to_lock);
+    if (alone.owns_lock()) {
+      shared.run(Job{task, data, num_tasks, float_mode()}, threads);
+      return;
+    }
+  }
+  for (int64_t i = 0; i < num_tasks; ++i) task(data, i, 0);
+}
