@@ -248,4 +248,4 @@ def test_twenty_sigkills_at_random_moments_end_in_the_undisturbed_state() -> Non
     (row,) = json.loads(result.stdout)["rows"]
     assert row["met"] is True, result.stderr
     assert "20 SIGKILLs, 10 of them among steps" in row["work"]
-    assert "1 different states" not in row["work"]
+    assert "left 1 different states" not in row["work"]
