@@ -117,9 +117,10 @@ def test_a_router_without_logits_has_no_line_of_its_own():
 def test_long_numbers_of_the_balance_stay_whole_in_80_columns():
     screen, output = live_screen(80)
     screen.start("run", 10)
-    screen.step(train_row(1, max_vio=127.44, dead_experts=6143, dropped=0.877, router_logit_rms=123456.789))
+    large = {"max_vio": 127.44, "dead_experts": 6143, "experts_per_token": 63.25, "dropped": 0.877}
+    screen.step(train_row(1, **large, router_logit_rms=123456.789))
     screen.stop()
-    assert "MaxVio 127.44   6143 dead experts   87.7 % dropped" in output.getvalue()
+    assert "MaxVio 127.44   6143 dead experts   63.25 per token   87.7 % dropped" in output.getvalue()
     assert "entropy 0.93   logit RMS 1.23e+05" in output.getvalue()
 
 

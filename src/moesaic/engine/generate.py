@@ -7,7 +7,6 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -125,19 +124,8 @@ class _Continuation:
         """(V,) after the text so far and `new_ids`."""
         self._ids += new_ids
         tokens_1L = torch.tensor([new_ids if self._kv else self._ids], device=self._device)
-        with _evaluation_mode(self._model):
+        with self._model.evaluating():
             return self._model(tokens_1L, kv=self._kv, logits_to_keep=1)[0, -1]
-
-
-@contextmanager
-def _evaluation_mode(model: Transformer) -> Iterator[None]:
-    """A model in training would draw noise and drop tokens."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def peak_bytes() -> int:

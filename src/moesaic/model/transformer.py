@@ -3,7 +3,8 @@
 B batch, L new tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
@@ -116,7 +117,7 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D): the output projection, which is the embedding when the two are tied."""
+        """(V, D): the output projection, which is the embedding when the two are tied. Not of packed models."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     @property
@@ -127,14 +128,25 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[ExpertLayer]:
         return [block.feed_forward for block in self.blocks if isinstance(block.feed_forward, ExpertLayer)]
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """In evaluation mode, and back to what it was: a model in training would draw noise and drop tokens."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
     def _embed(self, tokens: Tensor) -> Tensor:
         x_BLD = self.embed_tokens(tokens)
         # Not copied where nothing would change; nor are the logits below, the largest tensor of all.
         return x_BLD if self.config.embedding_multiplier == 1.0 else x_BLD * self.config.embedding_multiplier
 
     def _logits(self, x: Tensor) -> Tensor:
-        bias = None if self.config.tie_word_embeddings else self.lm_head.bias
-        logits_BLV = nn.functional.linear(x, self.head_weight, bias)
+        # A packed model has a head of its own, also where the two are tied.
+        has_head = hasattr(self, "lm_head")
+        logits_BLV = self.lm_head(x) if has_head else nn.functional.linear(x, self.embed_tokens.weight)
         return logits_BLV if self.config.logits_scaling == 1.0 else logits_BLV / self.config.logits_scaling
 
     def _recorded_choices(self, replay: Sequence[Routing] | None, num_tokens: int) -> dict[int, tuple[Choice, ...]]:

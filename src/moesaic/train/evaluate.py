@@ -39,7 +39,7 @@ class Evaluation:
     @property
     def max_vio(self) -> float | None:
         """MaxVio over all evaluated tokens (global), averaged over layers; None for a dense model."""
-        return max_vio(self.load.sum(0)) if self.load.shape[1] else None
+        return max_vio(self.routing.load) if self.routing.num_layers else None
 
 
 @torch.no_grad()
@@ -61,8 +61,6 @@ def evaluate(
     Raises:
         MoesaicError: there is no batch.
     """
-    was_training = model.training
-    model.eval()
     device = model.embed_tokens.weight.device
     moe = model.config.moe
     load = torch.zeros(num_domains, len(model.moe_layers), moe.num_routed if moe else 0, dtype=torch.int64)
@@ -73,7 +71,10 @@ def evaluate(
             domains_B = torch.zeros_like(domains_B)
         routings: list[Routing] = []
         tokens_BL, targets_BL = tokens_BL.to(device), targets_BL.to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with (
+            model.evaluating(),
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
+        ):
             logits_BLV = model(tokens_BL, routings=routings)
         nats += float(functional.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="sum"))
         tokens += targets_BL.numel()
@@ -81,7 +82,6 @@ def evaluate(
         statistics.add(routings, model)
         for layer, routing in enumerate(routings):
             _count_by_domain(load[:, layer], routing, domains_B, tokens_BL.shape[1])
-    model.train(was_training)
     if tokens == 0:
         raise MoesaicError("there is no text to evaluate on; give more, or a shorter sequence_length")
     return Evaluation(

@@ -296,6 +296,8 @@ def _balance_parts(row: Row) -> list[str]:
         parts.append(f"MaxVio {row['max_vio']:.2f}")
     if _is_number(row.get("dead_experts")):
         parts.append(f"{row['dead_experts']} dead expert{'' if row['dead_experts'] == 1 else 's'}")
+    if _is_number(row.get("experts_per_token")) and row["experts_per_token"] != int(row["experts_per_token"]):
+        parts.append(f"{row['experts_per_token']:.2f} per token")
     if _is_number(row.get("dropped")) and row["dropped"] > 0:
         parts.append(f"{_percent(row['dropped'])} dropped")
     return parts

@@ -16,6 +16,8 @@ from moesaic.ops import Routing
 
 D, E = 12, 8
 MARGIN = 1e-3
+MAX_DRAWS = 1000
+"""Inputs without close gaps are common, so more would mean that something is wrong."""
 """Where a choice hangs on less, two correct float32 programs may choose differently."""
 VOCAB_SIZE = 50
 

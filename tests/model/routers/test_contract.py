@@ -19,7 +19,7 @@ from moesaic.model.routers import ROUTERS
 from moesaic.model.routing_context import RoutingContext
 from moesaic.ops import Choice
 
-from .helpers import MARGIN, SETTINGS, VOCAB_SIZE, D, E, as_matrix, context_of, make_config, make_router
+from .helpers import MARGIN, MAX_DRAWS, SETTINGS, VOCAB_SIZE, D, E, as_matrix, context_of, make_config, make_router
 from .topk_oracle import draw_tokens
 
 MODES = pytest.mark.parametrize("training", [False, True])
@@ -228,9 +228,10 @@ def test_gradients_are_the_slopes_of_the_weights(name: str, training: bool) -> N
         x_TD = draw_tokens(router.float(), moe, 6).double()
         router.double()
     else:
-        x_TD = torch.randn(6, D, dtype=torch.float64)
-        while float(router(x_TD, context_of(2, 3)).logits.detach().abs().min()) < MARGIN:  # where ReLU has its bend
+        for _ in range(MAX_DRAWS):
             x_TD = torch.randn(6, D, dtype=torch.float64)
+            if float(router(x_TD, context_of(2, 3)).logits.detach().abs().min()) > MARGIN:  # where ReLU has its bend
+                break
     context = context_of(2, 3)
     context = replace(context, replay=(router(x_TD, context).decision,))
     names = [key for key, _ in router.named_parameters()]

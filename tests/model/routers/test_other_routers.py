@@ -16,7 +16,7 @@ from moesaic.model.noise import combine
 from moesaic.model.routers import ReLURouter
 from moesaic.model.routing_context import RoutingContext
 
-from .helpers import MARGIN, VOCAB_SIZE, D, E, as_matrix, context_of, exact_logits, make_config, make_router
+from .helpers import MARGIN, MAX_DRAWS, VOCAB_SIZE, D, E, as_matrix, context_of, exact_logits, make_config, make_router
 
 B, L = 3, 11
 CASES: dict[str, dict[str, Any]] = {
@@ -111,10 +111,11 @@ def definition(router: Any, moe: MoEConfig, x: Tensor, context: RoutingContext) 
 
 def draw(router: Any, moe: MoEConfig, context: RoutingContext) -> Tensor:
     """(T, D) float32 whose routing hangs on no gap below a tenth of MARGIN, as there are many gaps."""
-    while True:
+    for _ in range(MAX_DRAWS):
         x_TD = torch.randn(B * L, D)
         if definition(router, moe, x_TD, context)[2] > MARGIN / 10:
             return x_TD
+    raise AssertionError(f"{MAX_DRAWS} draws have closer gaps")
 
 
 @pytest.mark.parametrize("padded", [False, True])

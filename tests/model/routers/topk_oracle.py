@@ -11,7 +11,7 @@ from torch import Tensor
 from moesaic.config import MoEConfig
 from moesaic.model.routers import TopKRouter
 
-from .helpers import MARGIN, D, exact_logits
+from .helpers import MARGIN, MAX_DRAWS, D, exact_logits
 
 GROUPS_V2 = {"n_group": 4, "topk_group": 2, "group_score": "max"}
 GROUPS_V3 = {"n_group": 4, "topk_group": 2, "group_score": "top2_sum"}
@@ -110,10 +110,12 @@ class Oracle:
 def draw_tokens(router: TopKRouter, moe: MoEConfig, num_tokens: int) -> Tensor:
     """(T, D) float32 whose routing hangs on no gap below MARGIN."""
     kept: list[Tensor] = []
-    while len(kept) < num_tokens:
+    for _ in range(MAX_DRAWS * num_tokens):
         x_D = torch.randn(D)
         oracle = Oracle(moe, router.expert_bias)
         oracle.route(exact_logits(router, x_D))
         if oracle.margin > MARGIN:
             kept.append(x_D)
-    return torch.stack(kept)
+        if len(kept) == num_tokens:
+            return torch.stack(kept)
+    raise AssertionError(f"only {len(kept)} of {MAX_DRAWS * num_tokens} draws have wide gaps")
