@@ -1,10 +1,11 @@
-"""Forward and backward of a layer's experts on the CPU, float32, beside a dense layer of equal active FLOPs.
+"""Forward and backward of a layer's experts on the CPU, float32 and bfloat16, beside a dense layer of equal FLOPs.
 
 All sides take turns in one run: our native kernels, our grouped backend, transformers' experts in each of their
-implementations, and a dense SwiGLU feed-forward of width K x F by torch, as fast as it gets. The limit is the time of
-the products alone at the rate of torch's own large product, measured in the same run. Then the same work with more and
-more experts, which should cost the same. On a machine with other work, OpenMP's threads wait for each other and the
-peers look slow: `--threads 1` is fairer there.
+implementations, and a dense SwiGLU feed-forward of width K x F by torch, as fast as it gets, all in the same type. The
+limit is the time of the products alone at the rate of torch's own large product, measured in the same run; of bfloat16
+in either type, because a CPU without products of bfloat16 is faster in float32. Then one token alone, where the time is
+that of reading its experts' weights, and the same work with more and more experts, which should cost the same. On a
+machine with other work, OpenMP's threads wait for each other and the peers look slow: `--threads 1` is fairer there.
 
 T tokens, D hidden size, F inner width of an expert, E experts, K experts per token, N = T x K rows.
 """
@@ -31,7 +32,8 @@ try:
 except ModuleNotFoundError:
     raise SystemExit("this benchmark compares with transformers; install it: pip install -e '.[peers]'") from None
 
-GOAL_AGAINST_DENSE = 1.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GOAL_AGAINST_DENSE = {torch.float32: 1.0, torch.bfloat16: 1 / 1.15}
 GOAL_OF_GROWTH = 1.10
 WARM_UP_ROUNDS = 2
 WORTH_TIMING = 3.0
@@ -58,6 +60,7 @@ class Shape:
 
 
 SHAPES = (Shape(4096, 256, 128, 64, 8), Shape(2048, 512, 256, 64, 8), Shape(2048, 1024, 512, 32, 4))
+DECODED = Shape(1, 2048, 1024, 64, 8)
 GROWING = tuple(Shape(4096, 256, 128, E, 8) for E in (8, 16, 32, 64, 128, 256))
 
 
@@ -91,16 +94,19 @@ class Side:
 class Layer:
     """Random inputs and weights of one shape, and every side of it."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype = torch.float32) -> None:
         T, D, F, E, K = shape.T, shape.D, shape.F, shape.E, shape.K
-        self.shape = shape
-        self.x = torch.randn(T, D).requires_grad_()
-        self.grad_y = torch.randn(T, D)
-        self.gate_up = (torch.randn(E, 2 * F, D) * D**-0.5).requires_grad_()
-        self.down = (torch.randn(E, D, F) * F**-0.5).requires_grad_()
+        self.shape, self.dtype = shape, dtype
+        self.x = self.leaf(T, D)
+        self.grad_y = torch.randn(T, D).to(dtype)
+        self.gate_up = self.leaf(E, 2 * F, D, std=D**-0.5)
+        self.down = self.leaf(E, D, F, std=F**-0.5)
         scores = torch.rand(T, E).topk(K, dim=-1)
         self.topk_ids = scores.indices
         self.topk_weights = scores.values.contiguous().requires_grad_()
+
+    def leaf(self, *shape: int, std: float = 1.0) -> Tensor:
+        return torch.randn(*shape).mul_(std).to(self.dtype).requires_grad_()
 
     def ours(self, backend: str) -> Side:
         def forward() -> Tensor:
@@ -136,9 +142,9 @@ class Layer:
     def dense(self, *, compile_too: bool) -> list[Side]:
         """Gate and up in one product or in two, as they are and compiled."""
         D, width = self.shape.D, self.shape.K * self.shape.F
-        gate_up = (torch.randn(2 * width, D) * D**-0.5).requires_grad_()
+        gate_up = self.leaf(2 * width, D, std=D**-0.5)
         gate, up = (half.detach().clone().requires_grad_() for half in gate_up.chunk(2))
-        down = (torch.randn(D, width) * width**-0.5).requires_grad_()
+        down = self.leaf(D, width, std=width**-0.5)
 
         def fused(x: Tensor) -> Tensor:
             gate_TW, up_TW = functional.linear(x, gate_up).chunk(2, dim=-1)
@@ -161,35 +167,79 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     if reason := BACKENDS["native"].missing():
         raise SystemExit(f"the native backend {reason}")
     compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-    rounds = arguments.rounds or (6 if arguments.quick else 40)
+    rounds = arguments.rounds or (6 if arguments.quick else 24)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     rows = []
     with cpu_set_up_for_training():
-        for shape in SHAPES[:2] if arguments.quick else SHAPES:
-            rows += _measure_shape(shape, rounds, compile_too=compiler and not arguments.quick)
-        rows += _measure_growth(rounds)
+        for dtype in DTYPES.values() if arguments.dtype is None else (DTYPES[arguments.dtype],):
+            for shape in SHAPES[:2] if arguments.quick else SHAPES:
+                rows += _measure_shape(shape, dtype, rounds, compile_too=compiler and not arguments.quick)
+            rows.append(_measure_decoding(dtype, rounds))
+        if arguments.dtype != "bfloat16":
+            rows += _measure_growth(rounds)
     return rows
 
 
-def _measure_shape(shape: Shape, rounds: int, *, compile_too: bool) -> list[Row]:
-    layer = Layer(shape)
+def _measure_shape(shape: Shape, dtype: torch.dtype, rounds: int, *, compile_too: bool) -> list[Row]:
+    layer = Layer(shape, dtype)
     native, grouped = layer.ours("native"), layer.ours("grouped")
     dense = layer.dense(compile_too=compile_too)
     peers = [layer.transformers(implementation) for implementation in IMPLEMENTATIONS]
-    peak = measured_matmul_peak("cpu", torch.float32, seconds=1.0)
+    peak = _matmul_peak(dtype)
     _time([native, grouped, *dense, *peers], layer.grad_y, rounds)
-    limit = shape.flops / max(peak, measured_matmul_peak("cpu", torch.float32, seconds=1.0))
+    limit = shape.flops / max(peak, _matmul_peak(dtype))
     fastest_dense, fastest_peer = (min(sides, key=lambda side: side.median) for sides in (dense, peers))
+    work = f"{shape} {_name(dtype)}: forward and backward"
     return [
-        _row(f"{shape}: forward and backward, against dense", native, fastest_dense, limit, GOAL_AGAINST_DENSE),
-        _row(f"{shape}: forward and backward", native, fastest_peer, limit, None),
-        _row(f"{shape}: forward and backward", native, grouped, limit, None),
+        _row(f"{work}, against dense", native, fastest_dense, limit, GOAL_AGAINST_DENSE[dtype]),
+        _row(work, native, fastest_peer, limit, None),
+        _row(work, native, grouped, limit, None),
     ]
 
 
+def _matmul_peak(dtype: torch.dtype) -> float:
+    return max(measured_matmul_peak("cpu", one, seconds=0.5) for one in {dtype, torch.float32})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, one in DTYPES.items() if one == dtype)
+
+
+def _measure_decoding(dtype: torch.dtype, rounds: int) -> Row:
+    """Bytes of weights per second of forward, one token at a time, each with other experts, against grouped."""
+    layer = Layer(DECODED, dtype)
+    native, grouped = layer.ours("native"), layer.ours("grouped")
+    halves = torch.ones(2, 32 * 2**20)
+    bytes_read = 3 * DECODED.K * DECODED.D * DECODED.F * dtype.itemsize
+    rates: dict[str, list[float]] = {"ours": [], "peer": [], "dot": []}
+    for _ in range(WARM_UP_ROUNDS + rounds):
+        layer.topk_ids = torch.randperm(DECODED.E)[: DECODED.K].unsqueeze(0)
+        for name, compute, size in (
+            ("ours", native.forward, bytes_read),
+            ("dot", lambda: torch.dot(*halves), halves.nbytes),
+            ("peer", grouped.forward, bytes_read),
+        ):
+            with torch.no_grad():
+                start = time.perf_counter()
+                compute()
+                rates[name].append(size / (time.perf_counter() - start) / 1e9)
+    ours, peer, reading = (median(some[WARM_UP_ROUNDS:]) for some in rates.values())
+    return Row(
+        work=f"{DECODED} {_name(dtype)}: weights read by forward; the limit is torch's dot product",
+        unit="GB/s",
+        ours=ours,
+        peer=peer,
+        peer_name="grouped",
+        limit=reading,
+        ratio=ours / peer,
+        goal=None,
+        met=None,
+    )
+
+
 def _measure_growth(rounds: int) -> list[Row]:
-    """Each number of experts against the fewest."""
+    """Each number of experts against the fewest, float32."""
     layers = [Layer(shape) for shape in GROWING]
     sides = [layer.ours("native") for layer in layers]
     _time(sides, layers[0].grad_y, rounds)
@@ -247,6 +297,7 @@ if __name__ == "__main__":
     run_benchmark(
         __doc__ or "",
         measure,
-        ("--rounds", {"type": int, "help": "timed steps of each side (default 40, quick 6)"}),
+        ("--rounds", {"type": int, "help": "timed steps of each side (default 24, quick 6)"}),
+        ("--dtype", {"choices": list(DTYPES), "help": "only this type; default: both"}),
         ("--threads", {"type": int, "help": "threads of every side; default: torch's"}),
     )

@@ -14,19 +14,22 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// As ops/native.py builds it: sizes (T, N, E, D, F), activation (number, limit, alpha), and the inputs' addresses.
+// As ops/native.py builds it: sizes (T, N, E, D, F), element type, activation (number, limit, alpha), and the inputs'
+// addresses.
 struct Experts {
   moesaic_experts value{};
 
-  Experts(nb::tuple sizes, nb::tuple activation, uintptr_t plan, nb::tuple inputs) {
+  Experts(nb::tuple sizes, int32_t element, nb::tuple activation, uintptr_t plan, nb::tuple inputs) {
     const auto size = [&](int i) { return nb::cast<int64_t>(sizes[i]); };
-    const auto input = [&](int i) { return at<const float>(nb::cast<uintptr_t>(inputs[i])); };
+    const auto input = [&](int i) { return at<const void>(nb::cast<uintptr_t>(inputs[i])); };
     value.num_tokens = size(0), value.num_rows = size(1), value.num_experts = size(2);
     value.hidden_size = size(3), value.intermediate_size = size(4);
+    value.element = element;
     value.activation = nb::cast<int32_t>(activation[0]);
     value.limit = nb::cast<float>(activation[1]), value.alpha = nb::cast<float>(activation[2]);
     value.plan = moesaic_plan_view(at<const int32_t>(plan), size(0), size(1), size(2));
-    value.x = input(0), value.row_weights = input(1), value.gate_up = input(2), value.down = input(3);
+    value.x = input(0), value.row_weights = static_cast<const float*>(input(1));
+    value.gate_up = input(2), value.down = input(3);
     value.gate_up_bias = input(4), value.down_bias = input(5);
   }
 };
@@ -34,19 +37,23 @@ struct Experts {
 int experts_forward(const Experts& experts, int threads, const char* instruction_set, uintptr_t pre_activations,
                     uintptr_t y) {
   nb::gil_scoped_release unlocked;
-  return moesaic_experts_forward(&experts.value, threads, instruction_set, at<float>(pre_activations), at<float>(y));
+  return moesaic_experts_forward(&experts.value, threads, instruction_set, at<void>(pre_activations), at<void>(y));
 }
 
 int experts_backward(const Experts& experts, int threads, const char* instruction_set, uintptr_t pre_activations,
                      uintptr_t grad_y, nb::tuple gradients) {
-  const auto gradient = [&](int i) { return at<float>(nb::cast<uintptr_t>(gradients[i])); };
-  moesaic_expert_gradients all{gradient(0), gradient(1), gradient(2), gradient(3), gradient(4), gradient(5)};
+  const auto gradient = [&](int i) { return at<void>(nb::cast<uintptr_t>(gradients[i])); };
+  moesaic_expert_gradients all{gradient(0), static_cast<float*>(gradient(1)), gradient(2), gradient(3), gradient(4),
+                               gradient(5)};
   nb::gil_scoped_release unlocked;
-  return moesaic_experts_backward(&experts.value, threads, instruction_set, at<const float>(pre_activations),
-                                  at<const float>(grad_y), &all);
+  return moesaic_experts_backward(&experts.value, threads, instruction_set, at<const void>(pre_activations),
+                                  at<const void>(grad_y), &all);
 }
 
 }  // namespace
+
+void bind_packed(nb::module_& module);  // in packed_bindings.cpp
+void bind_step(nb::module_& module);    // in step_bindings.cpp
 
 NB_MODULE(_native, module) {
   module.doc() = "C++ CPU kernels of moesaic.";
@@ -83,12 +90,14 @@ NB_MODULE(_native, module) {
       nb::arg("token_ids"), nb::arg("expert_ids"), nb::arg("num_tokens"), nb::arg("num_rows"), nb::arg("num_experts"),
       nb::arg("plan"), "See moesaic_make_plan in experts.h.");
   nb::class_<Experts>(module, "Experts", "The inputs of the experts of one layer; see moesaic_experts in experts.h.")
-      .def(nb::init<nb::tuple, nb::tuple, uintptr_t, nb::tuple>(), nb::arg("sizes"), nb::arg("activation"),
-           nb::arg("plan"), nb::arg("inputs"));
+      .def(nb::init<nb::tuple, int32_t, nb::tuple, uintptr_t, nb::tuple>(), nb::arg("sizes"), nb::arg("element"),
+           nb::arg("activation"), nb::arg("plan"), nb::arg("inputs"));
   module.def("experts_forward", &experts_forward, nb::arg("experts"), nb::arg("threads"),
              nb::arg("instruction_set"), nb::arg("pre_activations"), nb::arg("y"),
              "See moesaic_experts_forward in experts.h.");
   module.def("experts_backward", &experts_backward, nb::arg("experts"), nb::arg("threads"),
              nb::arg("instruction_set"), nb::arg("pre_activations"), nb::arg("grad_y"), nb::arg("gradients"),
              "See moesaic_experts_backward in experts.h.");
+  bind_packed(module);
+  bind_step(module);
 }

@@ -1,6 +1,9 @@
 #include "cpu_features.h"
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
+#include <iterator>
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define MOESAIC_X86_64 1
@@ -123,4 +126,13 @@ extern "C" const char* moesaic_instruction_set(void) {
   if (avx2) return "avx2";
   if (f.neon) return "neon";
   return "portable";
+}
+
+extern "C" int moesaic_cpu_reaches(const char* level) {
+  static const char* const levels[] = {"avx512_bf16", "avx512_vnni", "avx512f", "avx2"};
+  const auto place = [&](const char* name) {
+    return std::find_if(std::begin(levels), std::end(levels), [&](const char* one) { return !std::strcmp(one, name); });
+  };
+  const auto* best = place(moesaic_instruction_set());
+  return best != std::end(levels) && best <= place(level);
 }

@@ -9,6 +9,10 @@ template <class T>
 constexpr T smaller(T a, T b) {
   return a < b ? a : b;
 }
+template <class T>
+constexpr T larger(T a, T b) {
+  return a > b ? a : b;
+}
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
@@ -32,6 +36,14 @@ struct ColumnRange {
   int64_t first, count;
 };
 
+// Experts with at most this many rows read their weights where they stand instead of packing them first.
+constexpr int64_t few_rows = 12;
+
+// Which of the chunks of its expert, in order, one is.
+struct Turn {
+  bool first, last;
+};
+
 // Floats of each buffer for a chunk of this many rows.
 struct BufferSizes {
   int64_t scratch;       // what a thread needs to compute any part of a chunk
@@ -39,29 +51,43 @@ struct BufferSizes {
   int64_t grad_gate_up;  // gradients of the pre-activations, as weight_gradients reads them
 };
 
+// The kernels of one instruction set for one type of the numbers in memory, the element. `void` arrays are of that type,
+// everything between is float32.
 struct ExpertKernels {
   const char* name;
-  int column_step;  // column ranges start at multiples of this
+  int element_size;  // bytes
+  int column_step;   // column ranges start at multiples of this
   BufferSizes (*buffer_sizes)(int64_t rows, int64_t hidden_size, int64_t intermediate_size);
 
+  // Floats of the sums of an expert's weight gradients in so many columns of gate_up and of down; 0 for float elements.
+  int64_t (*sums_size)(int64_t hidden_size, int64_t intermediate_size, int64_t gate_up_columns, int64_t down_columns);
+
   // Pre-activations of the rows, and into rows_out (N, D) what each row adds to its token.
-  void (*forward)(const moesaic_experts& experts, RowRange rows, float* pre_activations, float* rows_out, float* scratch);
+  void (*forward)(const moesaic_experts& experts, RowRange rows, void* pre_activations, float* rows_out, float* scratch);
+
+  // The same of all rows of an expert with few, in two steps. First pre-activations and weighted hidden units (count, F)
+  // in these columns of F, then rows_out in these columns of D.
+  void (*few_hidden)(const moesaic_experts& experts, RowRange rows, ColumnRange units, void* pre_activations,
+                     float* hidden, float* scratch);
+  void (*few_outputs)(const moesaic_experts& experts, RowRange rows, ColumnRange outputs, const float* hidden,
+                      float* rows_out);
 
   // Gradient of each row's weight and, into rows_out (N, D), of its copy of x. Fills `hidden` and `grad_gate_up`.
-  void (*backward)(const moesaic_experts& experts, RowRange rows, const float* pre_activations, const float* grad_y,
+  void (*backward)(const moesaic_experts& experts, RowRange rows, const void* pre_activations, const void* grad_y,
                    float* grad_row_weights, float* rows_out, float* hidden, float* grad_gate_up, float* scratch);
 
   // What the rows add to the gradients of their expert's weights, in these columns of gate_up (of D) and of down (of F);
-  // with the first column of gate_up also to the gradients of the biases. Without `accumulate` it overwrites them.
-  void (*weight_gradients)(const moesaic_experts& experts, RowRange rows, const float* grad_y, const float* hidden,
-                           const float* grad_gate_up, ColumnRange gate_up_columns, ColumnRange down_columns,
-                           bool accumulate, const moesaic_expert_gradients& gradients, float* scratch);
+  // with the first column of gate_up also to the gradients of the biases. The first chunk overwrites what is there.
+  // Elements that are not float are summed up in `sums`, which stay from chunk to chunk, and written with the last.
+  void (*weight_gradients)(const moesaic_experts& experts, RowRange rows, const void* grad_y, const float* hidden,
+                           const float* grad_gate_up, ColumnRange gate_up_columns, ColumnRange down_columns, Turn turn,
+                           const moesaic_expert_gradients& gradients, float* sums, float* scratch);
 
   // Sums rows (N, D) into tokens first .. last - 1 of out (T, D).
-  void (*sum_rows)(const moesaic_experts& experts, const float* rows, int64_t first, int64_t last, float* out);
+  void (*sum_rows)(const moesaic_experts& experts, const float* rows, int64_t first, int64_t last, void* out);
 };
 
-// NULL where the compiler could not build them; whether the CPU can run them is another question.
-const ExpertKernels* moesaic_kernels_avx512();
-const ExpertKernels* moesaic_kernels_avx2();
-const ExpertKernels* moesaic_kernels_portable();
+// For a moesaic_element. NULL where the compiler could not build them; whether the CPU can run them is another question.
+const ExpertKernels* moesaic_kernels_avx512(int32_t element);
+const ExpertKernels* moesaic_kernels_avx2(int32_t element);
+const ExpertKernels* moesaic_kernels_portable(int32_t element);

@@ -11,99 +11,32 @@
 
 #include "cpu_features.h"
 #include "expert_kernels.h"
-#include "thread_pool.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "work_memory.h"
 
 namespace {
 
 // Bytes of one chunk's data that may be in use at a time: about a core's share of the cache.
 constexpr int64_t chunk_bytes = 2560 * 1024;
 constexpr int64_t tokens_per_task = 64;
-
-// Memory that is kept from call to call, so that it need not be faulted in again.
-class Buffer {
- public:
-  // NULL when there is no memory.
-  float* room_for(int64_t floats) {
-    if (floats > capacity_) {
-      constexpr size_t page = 2 << 20;
-      const size_t bytes = (size_t(floats) * sizeof(float) + page - 1) / page * page;
-      data_.reset(static_cast<float*>(allocate(bytes)));
-      capacity_ = data_ ? int64_t(bytes / sizeof(float)) : 0;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(float* data) const {
-#if defined(_WIN32)
-      _aligned_free(data);
-#else
-      std::free(data);
-#endif
-    }
-  };
-
-  static void* allocate(size_t bytes) {
-#if defined(_WIN32)
-    return _aligned_malloc(bytes, 2 << 20);
-#else
-    void* data = nullptr;
-    if (posix_memalign(&data, 2 << 20, bytes)) return nullptr;
-#if defined(__linux__)
-    madvise(data, bytes, MADV_HUGEPAGE);
-#endif
-    return data;
-#endif
-  }
-
-  std::unique_ptr<float, Free> data_;
-  int64_t capacity_ = 0;
-};
-
-thread_local Buffer scratch_of_thread;
-
-template <class Task>
-void parallel(int threads, int64_t num_tasks, const Task& task) {
-  moesaic_parallel(
-      threads, num_tasks,
-      [](void* data, int64_t index, int worker) { (*static_cast<const Task*>(data))(index, worker); },
-      const_cast<Task*>(&task));
-}
-
-
-// Memory of one call, or NULL.
-std::unique_ptr<float[], void (*)(void*)> temporary(int64_t floats) {
-  return {static_cast<float*>(std::malloc(size_t(std::max<int64_t>(floats, 1)) * sizeof(float))), std::free};
-}
-
-bool cpu_reaches(const char* level) {
-  static const char* const levels[] = {"avx512_bf16", "avx512_vnni", "avx512f", "avx2"};
-  const auto place = [&](const char* name) {
-    return std::find_if(std::begin(levels), std::end(levels), [&](const char* one) { return !std::strcmp(one, name); });
-  };
-  const auto* best = place(moesaic_instruction_set());
-  return best != std::end(levels) && best <= place(level);
-}
+// Bytes of weights that a task reads of an expert with few rows, about.
+constexpr int64_t few_rows_bytes = 256 * 1024;
 
 // Those that run here, the best first.
-const std::vector<const ExpertKernels*>& usable_kernels() {
-  static const std::vector<const ExpertKernels*> usable = [] {
-    std::vector<const ExpertKernels*> found;
-    if (moesaic_kernels_avx512() && cpu_reaches("avx512f")) found.push_back(moesaic_kernels_avx512());
-    if (moesaic_kernels_avx2() && cpu_reaches("avx2")) found.push_back(moesaic_kernels_avx2());
-    found.push_back(moesaic_kernels_portable());
-    return found;
-  }();
-  return usable;
+std::vector<const ExpertKernels*> usable_kernels(int32_t element) {
+  std::vector<const ExpertKernels*> found;
+  const auto add = [&](const ExpertKernels* kernels) {
+    if (kernels) found.push_back(kernels);
+  };
+  if (moesaic_cpu_reaches("avx512f")) add(moesaic_kernels_avx512(element));
+  if (moesaic_cpu_reaches("avx2")) add(moesaic_kernels_avx2(element));
+  add(moesaic_kernels_portable(element));
+  return found;
 }
 
-const ExpertKernels* kernels_named(const char* name) {
-  for (const ExpertKernels* one : usable_kernels()) {
+const ExpertKernels* kernels_named(const char* name, int32_t element) {
+  static const std::vector<const ExpertKernels*> of_float = usable_kernels(MOESAIC_FLOAT32),
+                                                 of_bfloat16 = usable_kernels(MOESAIC_BFLOAT16);
+  for (const ExpertKernels* one : element == MOESAIC_BFLOAT16 ? of_bfloat16 : of_float) {
     if (!name || !*name || !std::strcmp(one->name, name)) return one;
   }
   return nullptr;
@@ -136,20 +69,101 @@ int64_t most_rows_of_chunk(const moesaic_experts& experts) {
   return most;
 }
 
-void sum_rows(const moesaic_experts& experts, int threads, const ExpertKernels& kernels, const float* rows, float* out) {
+void sum_rows(const moesaic_experts& experts, int threads, const ExpertKernels& kernels, const float* rows, void* out) {
   const Parts tokens(experts.num_tokens, tokens_per_task);
   parallel(threads, tokens.number, [&](int64_t index, int) {
     kernels.sum_rows(experts, rows, tokens.start(index), tokens.start(index + 1), out);
   });
 }
 
+// The forward pass of one call. Experts with few rows read their weights once, in pieces that the threads share: first for
+// the hidden units, beside the chunks of the other experts, then for the outputs.
+class Forward {
+ public:
+  Forward(const moesaic_experts& experts, int threads, const ExpertKernels& kernels, void* pre_activations)
+      : experts_(experts),
+        threads_(threads),
+        kernels_(kernels),
+        pre_activations_(pre_activations),
+        rows_out_(temporary(experts.num_rows * experts.hidden_size)),
+        hidden_(nullptr, std::free) {
+    const int64_t D = experts.hidden_size, F = experts.intermediate_size;
+    int64_t hidden = 0;
+    for (int64_t e = 0; e < experts.num_experts; ++e) {
+      const RowRange rows{e, experts.plan.expert_offsets[e], rows_of(experts, e)};
+      if (!rows.count) continue;
+      if (rows.count > few_rows) {
+        for_each_chunk(experts, e, [&](RowRange chunk) { chunks_.push_back(chunk); });
+        continue;
+      }
+      cut(F, 2 * D, [&](ColumnRange units) { units_.push_back({rows, units, hidden}); });
+      cut(D, F, [&](ColumnRange outputs) { outputs_.push_back({rows, outputs, hidden}); });
+      hidden += rows.count * F;
+    }
+    hidden_ = temporary(hidden);
+  }
+
+  // Whether there was memory for it.
+  bool run(void* y) const {
+    if (!rows_out_ || !hidden_) return false;
+    const int64_t num_chunks = int64_t(chunks_.size());
+    const int64_t scratch_size =
+        kernels_.buffer_sizes(most_rows_of_chunk(experts_), experts_.hidden_size, experts_.intermediate_size).scratch;
+    std::atomic<bool> complete{true};
+    parallel(threads_, num_chunks + int64_t(units_.size()), [&](int64_t index, int) {
+      float* const scratch = scratch_of_thread.room_for(scratch_size);
+      if (!scratch) {
+        complete = false;
+      } else if (index < num_chunks) {
+        kernels_.forward(experts_, chunks_[size_t(index)], pre_activations_, rows_out_.get(), scratch);
+      } else {
+        const Piece& piece = units_[size_t(index - num_chunks)];
+        kernels_.few_hidden(experts_, piece.rows, piece.columns, pre_activations_, hidden_.get() + piece.hidden_at,
+                            scratch);
+      }
+    });
+    if (!complete) return false;
+    parallel(threads_, int64_t(outputs_.size()), [&](int64_t index, int) {
+      const Piece& piece = outputs_[size_t(index)];
+      kernels_.few_outputs(experts_, piece.rows, piece.columns, hidden_.get() + piece.hidden_at, rows_out_.get());
+    });
+    sum_rows(experts_, threads_, kernels_, rows_out_.get(), y);
+    return true;
+  }
+
+ private:
+  // Some hidden units or outputs of an expert with few rows, whose hidden units start at hidden_at.
+  struct Piece {
+    RowRange rows;
+    ColumnRange columns;
+    int64_t hidden_at;
+  };
+
+  // `columns` that take so many weights each.
+  template <class Add>
+  void cut(int64_t columns, int64_t weights, const Add& add) const {
+    const int64_t most = std::max<int64_t>(few_rows_bytes / (weights * kernels_.element_size), 16);
+    const Parts parts(columns, most);
+    for (int64_t part = 0; part < parts.number; ++part) add(ColumnRange{parts.start(part), parts.size(part)});
+  }
+
+  const moesaic_experts& experts_;
+  const int threads_;
+  const ExpertKernels& kernels_;
+  void* const pre_activations_;
+  std::unique_ptr<float[], void (*)(void*)> rows_out_;  // (N, D): what each row adds to its token
+  std::unique_ptr<float[], void (*)(void*)> hidden_;    // of the experts with few rows
+  std::vector<RowRange> chunks_;
+  std::vector<Piece> units_, outputs_;
+};
+
 // The backward pass of one call. An expert is either computed whole by one thread, chunk by chunk, with what the chunk's
 // gradients of the weights need in that thread's buffers. Or, where that would leave other threads idle, it is "split":
 // its chunks are tasks, and after these the columns of its gradients. Both give the same numbers.
 class Backward {
  public:
-  Backward(const moesaic_experts& experts, int threads, const ExpertKernels& kernels, const float* pre_activations,
-           const float* grad_y, const moesaic_expert_gradients& gradients)
+  Backward(const moesaic_experts& experts, int threads, const ExpertKernels& kernels, const void* pre_activations,
+           const void* grad_y, const moesaic_expert_gradients& gradients)
       : experts_(experts),
         threads_(threads),
         kernels_(kernels),
@@ -182,8 +196,11 @@ class Backward {
     if (!rows_out_ || !saved_) return false;
     std::atomic<bool> complete{true};
     const int64_t num_whole = int64_t(whole_.size());
+    const int64_t sums = sums_size({0, experts_.hidden_size}, {0, experts_.intermediate_size});
+    const int64_t buffers_of_thread =
+        sizes_.scratch + sizes_.hidden + sizes_.grad_gate_up + (whole_.empty() ? 0 : sums);
     parallel(threads_, num_whole + int64_t(split_.size()), [&](int64_t index, int) {
-      float* const scratch = scratch_of_thread.room_for(sizes_.scratch + sizes_.hidden + sizes_.grad_gate_up);
+      float* const scratch = scratch_of_thread.room_for(buffers_of_thread);
       if (!scratch) {
         complete = false;
       } else if (index < num_whole) {
@@ -216,6 +233,10 @@ class Backward {
     return kernels_.buffer_sizes(rows, experts_.hidden_size, experts_.intermediate_size);
   }
 
+  int64_t sums_size(ColumnRange gate_up, ColumnRange down) const {
+    return kernels_.sums_size(experts_.hidden_size, experts_.intermediate_size, gate_up.count, down.count);
+  }
+
   float* hidden_of(const Chunk& chunk) const { return saved_.get() + chunk.saved_at; }
   float* grad_gate_up_of(const Chunk& chunk) const { return hidden_of(chunk) + sizes_for(chunk.rows.count).hidden; }
 
@@ -229,20 +250,22 @@ class Backward {
     float* const hidden = buffers;
     float* const grad_gate_up = hidden + sizes_.hidden;
     float* const scratch = grad_gate_up + sizes_.grad_gate_up;
-    bool accumulate = false;
+    float* const sums = scratch + sizes_.scratch;
+    const int32_t* const ends = experts_.plan.expert_offsets + expert;
     for_each_chunk(experts_, expert, [&](RowRange rows) {
       chunk_backward(rows, hidden, grad_gate_up, scratch);
-      kernels_.weight_gradients(experts_, rows, grad_y_, hidden, grad_gate_up, {0, D}, {0, F}, accumulate, gradients_,
+      const Turn turn{rows.first == ends[0], rows.first + rows.count == ends[1]};
+      kernels_.weight_gradients(experts_, rows, grad_y_, hidden, grad_gate_up, {0, D}, {0, F}, turn, gradients_, sums,
                                 scratch);
-      accumulate = true;
     });
-    if (!accumulate) zero_gradients(expert);
+    if (ends[0] == ends[1]) zero_gradients(expert);
   }
 
   void zero_gradients(int64_t expert) const {
     const int64_t D = experts_.hidden_size, F = experts_.intermediate_size;
-    const auto zero = [&](float* gradient, int64_t count) {
-      if (gradient) std::memset(gradient + expert * count, 0, size_t(count) * sizeof(float));
+    const auto zero = [&](void* gradient, int64_t count) {
+      const size_t bytes = size_t(count * kernels_.element_size);
+      if (gradient) std::memset(static_cast<char*>(gradient) + size_t(expert) * bytes, 0, bytes);
     };
     zero(gradients_.gate_up, 2 * F * D);
     zero(gradients_.down, D * F);
@@ -255,7 +278,7 @@ class Backward {
     std::atomic<bool> complete{true};
     parallel(threads_, int64_t(tasks.size()), [&](int64_t index, int) {
       const Columns& columns = tasks[size_t(index)];
-      float* const scratch = scratch_of_thread.room_for(sizes_.scratch);
+      float* const scratch = scratch_of_thread.room_for(sizes_.scratch + sums_size(columns.gate_up, columns.down));
       if (!scratch) {
         complete = false;
         return;
@@ -263,7 +286,8 @@ class Backward {
       for (int64_t c = columns.first_chunk; c < columns.end_chunk; ++c) {
         const Chunk& chunk = split_[size_t(c)];
         kernels_.weight_gradients(experts_, chunk.rows, grad_y_, hidden_of(chunk), grad_gate_up_of(chunk),
-                                  columns.gate_up, columns.down, c > columns.first_chunk, gradients_, scratch);
+                                  columns.gate_up, columns.down, {c == columns.first_chunk, c + 1 == columns.end_chunk},
+                                  gradients_, scratch + sizes_.scratch, scratch);
       }
     });
     return complete;
@@ -287,8 +311,8 @@ class Backward {
   const moesaic_experts& experts_;
   const int threads_;
   const ExpertKernels& kernels_;
-  const float* const pre_activations_;
-  const float* const grad_y_;
+  const void* const pre_activations_;
+  const void* const grad_y_;
   const moesaic_expert_gradients& gradients_;
   std::unique_ptr<float[], void (*)(void*)> rows_out_;  // (N, D): gradient of each row's copy of x
   std::unique_ptr<float[], void (*)(void*)> saved_;     // of the split experts' chunks
@@ -302,7 +326,7 @@ class Backward {
 extern "C" const char* const* moesaic_expert_kernels(void) {
   static const std::vector<const char*> names = [] {
     std::vector<const char*> found;
-    for (const ExpertKernels* one : usable_kernels()) found.push_back(one->name);
+    for (const ExpertKernels* one : usable_kernels(MOESAIC_FLOAT32)) found.push_back(one->name);
     found.push_back(nullptr);
     return found;
   }();
@@ -310,37 +334,18 @@ extern "C" const char* const* moesaic_expert_kernels(void) {
 }
 
 extern "C" int moesaic_experts_forward(const moesaic_experts* experts, int threads, const char* instruction_set,
-                                       float* pre_activations, float* y) try {
-  const ExpertKernels* kernels = kernels_named(instruction_set);
+                                       void* pre_activations, void* y) try {
+  const ExpertKernels* kernels = kernels_named(instruction_set, experts->element);
   if (!kernels) return -1;
-  std::vector<RowRange> chunks;
-  for (int64_t e = 0; e < experts->num_experts; ++e) {
-    for_each_chunk(*experts, e, [&](RowRange rows) { chunks.push_back(rows); });
-  }
-  const auto rows_out = temporary(experts->num_rows * experts->hidden_size);
-  if (!rows_out) return -2;
-  const int64_t scratch_size =
-      kernels->buffer_sizes(most_rows_of_chunk(*experts), experts->hidden_size, experts->intermediate_size).scratch;
-  std::atomic<bool> complete{true};
-  parallel(threads, int64_t(chunks.size()), [&](int64_t index, int) {
-    float* const scratch = scratch_of_thread.room_for(scratch_size);
-    if (scratch) {
-      kernels->forward(*experts, chunks[size_t(index)], pre_activations, rows_out.get(), scratch);
-    } else {
-      complete = false;
-    }
-  });
-  if (!complete) return -2;
-  sum_rows(*experts, threads, *kernels, rows_out.get(), y);
-  return 0;
+  return Forward(*experts, threads, *kernels, pre_activations).run(y) ? 0 : -2;
 } catch (const std::bad_alloc&) {
   return -2;
 }
 
 extern "C" int moesaic_experts_backward(const moesaic_experts* experts, int threads, const char* instruction_set,
-                                        const float* pre_activations, const float* grad_y,
+                                        const void* pre_activations, const void* grad_y,
                                         moesaic_expert_gradients* gradients) try {
-  const ExpertKernels* kernels = kernels_named(instruction_set);
+  const ExpertKernels* kernels = kernels_named(instruction_set, experts->element);
   if (!kernels) return -1;
   return Backward(*experts, threads, *kernels, pre_activations, grad_y, *gradients).run() ? 0 : -2;
 } catch (const std::bad_alloc&) {

@@ -1,5 +1,10 @@
-// Experts on a CPU, float32: the C-level interface of the kernels. Pointers and sizes only; every array is row-major
-// and contiguous, and belongs to the caller.
+// Experts on a CPU, float32 or bfloat16: the C-level interface of the kernels. Pointers and sizes only; every array is
+// row-major and contiguous, and belongs to the caller.
+//
+// Arrays of `void` are of the layer's element type. bfloat16 is widened to float32, in which all products and sums are
+// computed, and every output and gradient is rounded once, to the nearest; so the sums of a weight's gradient are complete
+// before they are rounded. The pre-activations that the backward pass reads are rounded as well: half the memory, and an
+// error as small as that of rounding the gradients themselves.
 //
 // T tokens, N assignments (one row of expert work each), E experts, D hidden size, F expert intermediate size.
 //
@@ -16,6 +21,11 @@ extern "C" {
 enum moesaic_activation {
   MOESAIC_SWIGLU = 0,          // silu(gate) * up
   MOESAIC_CLAMPED_SWIGLU = 1,  // (u + 1) * g * sigmoid(alpha * g) with g = min(gate, limit), u = up in -limit..limit
+};
+
+enum moesaic_element {
+  MOESAIC_FLOAT32 = 0,
+  MOESAIC_BFLOAT16 = 1,
 };
 
 // Where the rows of a routing are. Assignments in the order of their experts, those of one expert in the order given,
@@ -40,15 +50,16 @@ int64_t moesaic_make_plan(const int64_t* token_ids, const int64_t* expert_ids, i
 
 typedef struct {
   int64_t num_tokens, num_rows, num_experts, hidden_size, intermediate_size;
+  int32_t element;     // a moesaic_element
   int32_t activation;  // a moesaic_activation
   float limit, alpha;  // of MOESAIC_CLAMPED_SWIGLU
   moesaic_plan plan;
-  const float* x;             // (T, D)
-  const float* row_weights;   // (N), in the order of the assignments
-  const float* gate_up;       // (E, 2F, D), gate first
-  const float* down;          // (E, D, F)
-  const float* gate_up_bias;  // (E, 2F) or NULL
-  const float* down_bias;     // (E, D) or NULL
+  const void* x;             // (T, D)
+  const float* row_weights;  // (N), in the order of the assignments
+  const void* gate_up;       // (E, 2F, D), gate first
+  const void* down;          // (E, D, F)
+  const void* gate_up_bias;  // (E, 2F) or NULL
+  const void* down_bias;     // (E, D) or NULL
 } moesaic_experts;
 
 // y (T, D): each token's experts, times the weights of its rows, summed. Writes the pre-activations (N, 2F), biases
@@ -57,20 +68,20 @@ typedef struct {
 // instruction_set is a name of moesaic_expert_kernels(), or NULL or "" for the best. Returns 0, -1 when this machine or build
 // lacks the instruction set, -2 when memory runs out.
 int moesaic_experts_forward(const moesaic_experts* experts, int threads, const char* instruction_set,
-                            float* pre_activations, float* y);
+                            void* pre_activations, void* y);
 
 typedef struct {
-  float* x;             // (T, D)
-  float* row_weights;   // (N), in the order of the assignments
-  float* gate_up;       // (E, 2F, D)
-  float* down;          // (E, D, F)
-  float* gate_up_bias;  // (E, 2F); NULL where there is no such bias
-  float* down_bias;     // (E, D); likewise
+  void* x;             // (T, D)
+  float* row_weights;  // (N), in the order of the assignments
+  void* gate_up;       // (E, 2F, D)
+  void* down;          // (E, D, F)
+  void* gate_up_bias;  // (E, 2F); NULL where there is no such bias
+  void* down_bias;     // (E, D); likewise
 } moesaic_expert_gradients;
 
 // All gradients, overwritten; zeros for experts without rows. Returns as moesaic_experts_forward does.
 int moesaic_experts_backward(const moesaic_experts* experts, int threads, const char* instruction_set,
-                             const float* pre_activations, const float* grad_y, moesaic_expert_gradients* gradients);
+                             const void* pre_activations, const void* grad_y, moesaic_expert_gradients* gradients);
 
 // The instruction sets that expert kernels are built for and this machine runs, the best first, ended by NULL.
 const char* const* moesaic_expert_kernels(void);

@@ -39,7 +39,8 @@ inline Vector silu_slope(Vector s, Vector silu, Vector alpha) {
 }
 
 struct Swiglu {
-  explicit Swiglu(const moesaic_experts&) {}
+  template <class Experts>
+  explicit Swiglu(const Experts&) {}
 
   Hidden operator()(Vector gate, Vector up) const {
     const Vector s = sigmoid(gate), silu = gate * s;
@@ -50,7 +51,8 @@ struct Swiglu {
 struct ClampedSwiglu {
   Vector limit, alpha;
 
-  explicit ClampedSwiglu(const moesaic_experts& experts)
+  template <class Experts>
+  explicit ClampedSwiglu(const Experts& experts)
       : limit(Vector::fill(experts.limit)), alpha(Vector::fill(experts.alpha)) {}
 
   Hidden operator()(Vector gate, Vector up) const {

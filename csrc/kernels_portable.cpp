@@ -3,10 +3,8 @@
 
 namespace {
 constexpr int tile_rows = 4, tile_vectors = 2;  // what fits the 16 registers of SSE2
+constexpr int dot_rows = 2;
 }
 #include "expert_math.h"
 
-const ExpertKernels* moesaic_kernels_portable() {
-  static const ExpertKernels kernels = kernels_named("portable");
-  return &kernels;
-}
+const ExpertKernels* moesaic_kernels_portable(int32_t element) { return kernels_named("portable", element); }

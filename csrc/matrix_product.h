@@ -1,5 +1,6 @@
-// Blocked single-precision matrix products for one thread, in terms of `Vector`, `tile_rows` and `tile_vectors` of the
-// file that includes this one. Everything here has internal linkage, because each instruction set compiles it anew.
+// Blocked matrix products for one thread, in terms of `Vector`, `tile_rows` and `tile_vectors` of the file that includes
+// this one. Products and sums are float32; `Element` is what stands in memory, float or BFloat16, and is widened where a
+// factor is packed. Everything here has internal linkage, because each instruction set compiles it anew.
 //
 // The left factor is always read element by element and multiplied with vectors of the right factor, which is packed
 // into panels of `panel_width` columns. A tile of the result stays in registers while the products are summed up.
@@ -7,22 +8,16 @@
 
 #include <string.h>
 
-#include "expert_kernels.h"
+#include <type_traits>
 
-#if defined(_MSC_VER)
-#include <xmmintrin.h>
-#define MOESAIC_PREFETCH(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1)
-#define MOESAIC_PREFETCH_FOR_WRITE(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0)
-#define MOESAIC_UNROLL
-#else
-#define MOESAIC_PREFETCH(address) __builtin_prefetch(address, 0, 2)
-#define MOESAIC_PREFETCH_FOR_WRITE(address) __builtin_prefetch(address, 1, 3)
-#define MOESAIC_UNROLL _Pragma("GCC unroll 16")
-#endif
+#include "bfloat16.h"
+#include "compiler.h"
+#include "expert_kernels.h"
+#include "vector_math.h"
 
 namespace {
 
-constexpr int line = 16;  // floats of a line of the cache
+constexpr int line_bytes = 64;  // of the cache
 constexpr int panel_width = tile_vectors * Vector::width;
 // Columns of a left factor that stand together, and the distance of their rows: not a power of two, so that the rows of
 // a tile do not meet in the same lines of the cache.
@@ -37,10 +32,11 @@ class Ahead {
  public:
   Ahead() = default;
   // `calls` calls of some() cover all of it.
-  Ahead(const float* data, int64_t rows, int64_t columns, int64_t stride, int64_t calls)
-      : data_(data),
-        lines_(divide_up(columns, line)),
-        skip_(stride - lines_ * line),
+  template <class Element>
+  Ahead(const Element* data, int64_t rows, int64_t columns, int64_t stride, int64_t calls)
+      : data_(reinterpret_cast<const char*>(data)),
+        lines_(divide_up(columns * int64_t(sizeof(Element)), line_bytes)),
+        skip_(stride * int64_t(sizeof(Element)) - lines_ * line_bytes),
         left_(rows * lines_),
         per_call_(divide_up(left_, calls)),
         left_in_row_(lines_) {}
@@ -50,14 +46,59 @@ class Ahead {
     left_ -= now;
     for (int64_t i = 0; i < now; ++i) {
       MOESAIC_PREFETCH(data_);
-      data_ += line;
+      data_ += line_bytes;
       if (--left_in_row_ == 0) data_ += skip_, left_in_row_ = lines_;
     }
   }
 
  private:
-  const float* data_ = nullptr;
+  const char* data_ = nullptr;
   int64_t lines_ = 0, skip_ = 0, left_ = 0, per_call_ = 0, left_in_row_ = 0;
+};
+
+// Where a product goes: into float32 sums, which, once they are complete, are rounded into the result. Of floats the sums
+// are the result.
+template <class Element>
+struct Into {
+  float* sums;
+  int64_t stride;
+  bool accumulate;            // adds to the sums that stand there
+  Element* result = nullptr;  // NULL where the sums will not be complete
+  int64_t result_stride = 0;
+
+  Into from(int64_t row, int64_t column) const {
+    return {sums + row * stride + column, stride, accumulate,
+            result ? result + row * result_stride + column : nullptr, result_stride};
+  }
+
+  void prefetch(int64_t row) const {
+    constexpr int line = line_bytes / int(sizeof(Element));
+    for (int j = 0; j < panel_width; j += line) {
+      if constexpr (std::is_same_v<Element, float>) {
+        MOESAIC_PREFETCH_FOR_WRITE(sums + row * stride + j);
+      } else if (result) {
+        MOESAIC_PREFETCH_FOR_WRITE(result + row * result_stride + j);
+      }
+    }
+  }
+
+  void put(int64_t row, int64_t column, Vector sum) const {
+    float* const to = sums + row * stride + column;
+    if (accumulate) sum = Vector::load(to) + sum;
+    if constexpr (!std::is_same_v<Element, float>) {
+      if (result) return sum.store(result + row * result_stride + column);
+    }
+    sum.store(to);
+  }
+
+  void put(int64_t row, int64_t column, float sum) const {
+    float* const to = sums + row * stride + column;
+    if (accumulate) sum = *to + sum;
+    if constexpr (!std::is_same_v<Element, float>) {
+      if (result) return void(result[row * result_stride + column] = rounded(sum));
+    }
+    *to = sum;
+  }
 };
 
 // Steps between two looks ahead.
@@ -76,11 +117,10 @@ inline void add_step(const float* a, const float* panel, Vector (&sums)[rows][ti
   }
 }
 
-// c (rows, panel_width) = or += sum over steps of a's column times the panel's row. Element (row i, step p) of the left
-// factor is a[i * row_stride + p * step_stride].
-template <int rows, int row_stride, int step_stride>
-void full_tile(const float* a, const float* panel, int64_t steps, float* c, int64_t c_stride, bool accumulate,
-               Ahead& ahead) {
+// The sum over steps of a's column times the panel's row, (rows, panel_width). Element (row i, step p) of the left factor
+// is a[i * row_stride + p * step_stride].
+template <int rows, int row_stride, int step_stride, class Element>
+void full_tile(const float* a, const float* panel, int64_t steps, const Into<Element> into, Ahead& ahead) {
   Vector sums[rows][tile_vectors];
   MOESAIC_UNROLL
   for (int i = 0; i < rows; ++i) {
@@ -89,9 +129,7 @@ void full_tile(const float* a, const float* panel, int64_t steps, float* c, int6
   }
   int64_t p = 0;
   for (int64_t i = 0; p + stretch <= steps; p += stretch, ++i) {
-    if (i < rows) {
-      for (int j = 0; j < panel_width; j += line) MOESAIC_PREFETCH_FOR_WRITE(c + i * c_stride + j);
-    }
+    if (i < rows) into.prefetch(i);
     ahead.some();
     MOESAIC_UNROLL
     for (int k = 0; k < stretch; ++k) {
@@ -104,56 +142,52 @@ void full_tile(const float* a, const float* panel, int64_t steps, float* c, int6
   MOESAIC_UNROLL
   for (int i = 0; i < rows; ++i) {
     MOESAIC_UNROLL
-    for (int j = 0; j < tile_vectors; ++j) {
-      float* const to = c + i * c_stride + j * Vector::width;
-      (accumulate ? Vector::load(to) + sums[i][j] : sums[i][j]).store(to);
-    }
+    for (int j = 0; j < tile_vectors; ++j) into.put(i, j * Vector::width, sums[i][j]);
   }
 }
 
-template <int row_stride, int step_stride, int most_rows = tile_rows>
-void full_tile_of(int64_t rows, const float* a, const float* panel, int64_t steps, float* c, int64_t c_stride,
-                  bool accumulate, Ahead& ahead) {
+template <int row_stride, int step_stride, class Element, int most_rows = tile_rows>
+void full_tile_of(int64_t rows, const float* a, const float* panel, int64_t steps, const Into<Element>& into,
+                  Ahead& ahead) {
   if constexpr (most_rows > 0) {
     if (rows == most_rows) {
-      full_tile<most_rows, row_stride, step_stride>(a, panel, steps, c, c_stride, accumulate, ahead);
+      full_tile<most_rows, row_stride, step_stride>(a, panel, steps, into, ahead);
     } else {
-      full_tile_of<row_stride, step_stride, most_rows - 1>(rows, a, panel, steps, c, c_stride, accumulate, ahead);
+      full_tile_of<row_stride, step_stride, Element, most_rows - 1>(rows, a, panel, steps, into, ahead);
     }
   }
 }
 
 // The same where the result has only `width` columns; the panel is full all the same.
-template <int row_stride, int step_stride>
-void tile(int64_t rows, int64_t width, const float* a, const float* panel, int64_t steps, float* c, int64_t c_stride,
-          bool accumulate, Ahead& ahead) {
+template <int row_stride, int step_stride, class Element>
+void tile(int64_t rows, int64_t width, const float* a, const float* panel, int64_t steps, const Into<Element>& into,
+          Ahead& ahead) {
   if (width == panel_width) {
-    full_tile_of<row_stride, step_stride>(rows, a, panel, steps, c, c_stride, accumulate, ahead);
+    full_tile_of<row_stride, step_stride>(rows, a, panel, steps, into, ahead);
     return;
   }
   float whole[tile_rows * panel_width];
-  full_tile_of<row_stride, step_stride>(rows, a, panel, steps, whole, panel_width, false, ahead);
+  full_tile_of<row_stride, step_stride>(rows, a, panel, steps, Into<float>{whole, panel_width, false}, ahead);
   for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < width; ++j) {
-      const float sum = whole[i * panel_width + j];
-      c[i * c_stride + j] = accumulate ? c[i * c_stride + j] + sum : sum;
-    }
+    for (int64_t j = 0; j < width; ++j) into.put(i, j, whole[i * panel_width + j]);
   }
 }
 
-// `width` floats to the start of a panel's row, zeros behind them.
-inline void copy_panel_row(const float* from, int64_t width, float* to) {
+// `width` numbers to the start of a panel's row, zeros behind them.
+template <class Element>
+inline void copy_panel_row(const Element* from, int64_t width, float* to) {
   if (width == panel_width) {
     for (int j = 0; j < panel_width; j += Vector::width) Vector::load(from + j).store(to + j);
     return;
   }
-  for (int64_t j = 0; j < width; ++j) to[j] = from[j];
+  for (int64_t j = 0; j < width; ++j) to[j] = widened(from[j]);
   for (int64_t j = width; j < panel_width; ++j) to[j] = 0.0f;
 }
 
 // A right factor (steps, columns) in memory: as it stands, or transposed, that is as (columns, steps).
+template <class Element>
 struct Right {
-  const float* data;
+  const Element* data;
   int64_t stride;
   bool transposed;
 
@@ -167,16 +201,17 @@ struct Right {
       for (int64_t p = 0; p < steps; ++p) copy_panel_row(data + p * stride, width, panel + p * panel_width);
       return;
     }
-    constexpr int size = Vector::width;
-    const int64_t whole_steps = steps / size * size, whole_width = width / size * size;
+    // Of a block that transpose_block() takes: rows and numbers of a row.
+    constexpr int size = Vector::width, row_size = size * int(sizeof(float) / sizeof(Element));
+    const int64_t whole_steps = steps / row_size * row_size, whole_width = width / size * size;
     for (int64_t j = 0; j < whole_width; j += size) {
-      for (int64_t p = 0; p < whole_steps; p += size) {
+      for (int64_t p = 0; p < whole_steps; p += row_size) {
         transpose_block(data + j * stride + p, stride, panel + p * panel_width + j, panel_width);
       }
     }
     for (int64_t p = 0; p < steps; ++p) {
       const int64_t done = p < whole_steps ? whole_width : 0;
-      for (int64_t j = done; j < width; ++j) panel[p * panel_width + j] = data[j * stride + p];
+      for (int64_t j = done; j < width; ++j) panel[p * panel_width + j] = widened(data[j * stride + p]);
       for (int64_t j = width; j < panel_width; ++j) panel[p * panel_width + j] = 0.0f;
     }
   }
@@ -187,10 +222,11 @@ struct Right {
   }
 };
 
-// c (rows, columns) = or += left (rows, steps) times right (steps, columns), with at most block_width steps and rows of
-// the left factor block_stride apart. `panel` has room for a packed panel.
-inline void multiply(const float* left, int64_t rows, int64_t steps, Right right, int64_t columns, float* c,
-                     int64_t c_stride, bool accumulate, float* panel) {
+// left (rows, steps) times right (steps, columns), with at most block_width steps and rows of the left factor
+// block_stride apart. `panel` has room for a packed panel.
+template <class Element>
+inline void multiply(const float* left, int64_t rows, int64_t steps, Right<Element> right, int64_t columns,
+                     Into<float> into, float* panel) {
   const Parts tiles(rows, tile_rows);
   const int64_t looks = tiles.number * (steps / stretch);
   for (int64_t j = 0; j < columns; j += panel_width) {
@@ -200,7 +236,7 @@ inline void multiply(const float* left, int64_t rows, int64_t steps, Right right
     Ahead ahead = next_width && looks ? right.from(0, j + width).ahead(steps, next_width, looks) : Ahead();
     for (int64_t i = 0; i < tiles.number; ++i) {
       tile<block_stride, 1>(tiles.size(i), width, left + tiles.start(i) * block_stride, panel, steps,
-                            c + tiles.start(i) * c_stride + j, c_stride, accumulate, ahead);
+                            into.from(tiles.start(i), j), ahead);
     }
   }
 }
@@ -208,24 +244,26 @@ inline void multiply(const float* left, int64_t rows, int64_t steps, Right right
 // Floats of a packed right factor: for each part of at most most_steps rows the panels, one after another.
 constexpr int64_t panels_size(int64_t rows, int64_t columns) { return rows * round_up(columns, panel_width); }
 
-// c (left_columns, count) = or += left (rows, left_columns) transposed times the packed right factor (rows,
-// packed_columns), of which the columns first .. first + count - 1 are used; `first` is the start of a panel. Rows of the
-// left factor are block_stride apart.
+// left (rows, left_columns) transposed times the packed right factor (rows, packed_columns), of which the columns first
+// .. first + count - 1 are used; `first` is the start of a panel. Rows of the left factor are block_stride apart.
+template <class Element>
 inline void multiply_transposed(const float* left, int64_t rows, int64_t left_columns, const float* panels,
-                                int64_t packed_columns, ColumnRange columns, float* c, int64_t c_stride,
-                                bool accumulate) {
+                                int64_t packed_columns, ColumnRange columns, Into<Element> into) {
   const Parts sums(rows, most_steps), tiles(left_columns, tile_rows);
   const int64_t padded = round_up(packed_columns, panel_width);
   Ahead nothing;
   for (int64_t s = 0; s < sums.number; ++s) {
     const int64_t steps = sums.size(s);
     const float* const part = left + sums.start(s) * block_stride;
+    Into<Element> part_into = into;
+    part_into.accumulate = into.accumulate || s > 0;
+    if (s + 1 < sums.number) part_into.result = nullptr;
     for (int64_t j = 0; j < columns.count; j += panel_width) {
       const float* const panel = panels + sums.start(s) * padded + (columns.first + j) * steps;
       const int64_t width = smaller<int64_t>(panel_width, columns.count - j);
       for (int64_t i = 0; i < tiles.number; ++i) {
         tile<1, block_stride>(tiles.size(i), width, part + tiles.start(i), panel, steps,
-                              c + tiles.start(i) * c_stride + j, c_stride, accumulate || s > 0, nothing);
+                              part_into.from(tiles.start(i), j), nothing);
       }
     }
   }

@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "bfloat16.h"
+
 namespace {
 
 struct Vector {
@@ -25,6 +27,12 @@ struct Vector {
   static Vector load_some(const float* from, int count) {
     return make([&](int i) { return i < count ? from[i] : 0.0f; });
   }
+  static Vector load(const BFloat16* from) {
+    return make([&](int i) { return widened(from[i]); });
+  }
+  static Vector load_some(const BFloat16* from, int count) {
+    return make([&](int i) { return i < count ? widened(from[i]) : 0.0f; });
+  }
   static Vector fill(float value) {
     return make([&](int) { return value; });
   }
@@ -32,7 +40,14 @@ struct Vector {
   void store_some(float* to, int count) const {
     for (int i = 0; i < count; ++i) to[i] = v[i];
   }
+  void store(BFloat16* to) const { store_some(to, width); }
+  void store_some(BFloat16* to, int count) const {
+    for (int i = 0; i < count; ++i) to[i] = rounded(v[i]);
+  }
   float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static void store_sums(const Vector (&of)[4], float* to) {
+    for (int i = 0; i < 4; ++i) to[i] = of[i].sum();
+  }
 };
 
 inline Vector operator+(Vector a, Vector b) {
@@ -75,10 +90,11 @@ inline Vector times_power_of_two(Vector a, Vector n) {
   });
 }
 
-// 4 rows of 4 floats, `stride` apart, into `to`: row p, `to_stride` further each, holds element p of every row.
-inline void transpose_block(const float* from, int64_t stride, float* to, int64_t to_stride) {
-  for (int p = 0; p < 4; ++p) {
-    for (int r = 0; r < 4; ++r) to[p * to_stride + r] = from[r * stride + p];
+// 4 rows of 16 bytes, `stride` numbers apart, into `to`: row p, `to_stride` further each, holds element p of every row.
+template <class Element>
+inline void transpose_block(const Element* from, int64_t stride, float* to, int64_t to_stride) {
+  for (int p = 0; p < int(16 / sizeof(Element)); ++p) {
+    for (int r = 0; r < 4; ++r) to[p * to_stride + r] = widened(from[r * stride + p]);
   }
 }
 

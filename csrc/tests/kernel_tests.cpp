@@ -1,5 +1,7 @@
-// The experts of every instruction set against plain loops in double, and the threads. To be built with sanitizers: every
-// array has exactly its size. The first argument seeds the random sizes and numbers. Prints what is wrong and exits with 1.
+// The experts of every instruction set and element type against plain loops in double, and the threads. To be built
+// with sanitizers: every array has exactly its size. The first argument seeds the random sizes and numbers, the second
+// is the number of layers. Prints what is wrong and exits with 1.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -9,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "bfloat16.h"
 #include "experts.h"
 #include "thread_pool.h"
 
@@ -19,24 +22,33 @@ int failures = 0;
 
 int64_t below(int64_t count) { return int64_t(random_bits() % uint64_t(count)); }
 
-std::vector<float> numbers(int64_t count, double size) {
-  std::normal_distribution<double> normal(0.0, size);
-  std::vector<float> drawn(static_cast<size_t>(count));
-  for (float& one : drawn) one = float(normal(random_bits));
-  return drawn;
-}
-
 void expect(bool holds, const std::string& what) {
   if (holds) return;
   ++failures;
   std::printf("wrong: %s\n", what.c_str());
 }
 
-// One layer: its sizes, inputs and routing.
+using Numbers = std::vector<double>;
+
+// An array of the layer's element type.
+template <class Element>
+std::vector<Element> as_elements(const Numbers& numbers) {
+  std::vector<Element> elements(numbers.size());
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    if constexpr (sizeof(Element) == 2) {
+      elements[i] = rounded(float(numbers[i]));
+    } else {
+      elements[i] = float(numbers[i]);
+    }
+  }
+  return elements;
+}
+
+// One layer: its sizes, inputs and routing. The inputs are exact in its element type, and in double here.
 struct Layer {
   int64_t T, N, E, D, F;
-  bool clamped, biased;
-  std::vector<float> x, row_weights, gate_up, down, gate_up_bias, down_bias, grad_y;
+  bool narrow, clamped, biased;
+  Numbers x, row_weights, gate_up, down, gate_up_bias, down_bias, grad_y;
   std::vector<int64_t> token_ids, expert_ids;
   std::vector<int32_t> plan;
 
@@ -45,33 +57,48 @@ struct Layer {
     T = below(3) ? 1 + below(40) : below(2) ? 0 : 400;
     E = 1 + below(6), N = T ? T * (1 + below(2)) : 0;
     D = widths[below(12)], F = widths[below(12)];
-    clamped = below(2), biased = below(2);
+    narrow = below(2), clamped = below(2), biased = below(2);
     const int64_t one_expert = below(3) ? -1 : below(E);
     for (int64_t n = 0; n < N; ++n) {
       token_ids.push_back(below(T));
       expert_ids.push_back(one_expert >= 0 ? one_expert : below(E));
     }
-    x = numbers(T * D, 1), grad_y = numbers(T * D, 1), row_weights = numbers(N, 1);
-    gate_up = numbers(E * 2 * F * D, 1 / std::sqrt(double(D))), down = numbers(E * D * F, 1 / std::sqrt(double(F)));
-    gate_up_bias = numbers(E * 2 * F, 1), down_bias = numbers(E * D, 1);
+    const double of_x = 1 / std::sqrt(double(D)), of_hidden = 1 / std::sqrt(double(F));
+    x = numbers(T * D, 1, 1 / 2.), grad_y = numbers(T * D, 1), row_weights = numbers(N, 1);
+    for (double& one : row_weights) one = float(one / 3);  // float32 in every layer
+    gate_up = numbers(E * 2 * F * D, of_x, 1 / 4.), down = numbers(E * D * F, of_hidden);
+    gate_up_bias = numbers(E * 2 * F, 1, 1 / 8.), down_bias = numbers(E * D, 1);
     plan.resize(size_t(moesaic_plan_size(T, N, E)));
     expect(moesaic_make_plan(token_ids.data(), expert_ids.data(), T, N, E, plan.data()) == -1, "plan refused");
   }
 
-  moesaic_experts view() const {
-    const moesaic_plan rows = moesaic_plan_view(plan.data(), T, N, E);
-    return {T,        N,        E,
-            D,        F,        clamped ? MOESAIC_CLAMPED_SWIGLU : MOESAIC_SWIGLU,
-            1.5f,     1.3f,     rows,
-            x.data(), row_weights.data(), gate_up.data(),
-            down.data(), biased ? gate_up_bias.data() : nullptr, biased ? down_bias.data() : nullptr};
+  // A clamp's slope jumps, so rounding must not carry a pre-activation across the limit: where there is one, the numbers
+  // that make them are multiples of `step`, and the limit is none of their sums.
+  Numbers numbers(int64_t count, double size, double step = 0) const {
+    std::normal_distribution<double> normal(0.0, size);
+    Numbers drawn(static_cast<size_t>(count));
+    for (double& one : drawn) {
+      one = normal(random_bits);
+      if (clamped && step > 0) one = std::round(one / step) * step;
+      one = narrow ? double(widened(rounded(float(one)))) : double(float(one));
+    }
+    return drawn;
+  }
+
+  std::string name() const {
+    return std::string(narrow ? "bfloat16" : "float32") + ", T " + std::to_string(T) + " N " + std::to_string(N) + " E " +
+           std::to_string(E) + " D " + std::to_string(D) + " F " + std::to_string(F) + ": ";
   }
 };
 
-// What a pass computes; of the oracle in double.
-template <class Number>
+constexpr double limit = 17 / 16., alpha_of_clamped = 1.3f;
+
+// What a pass computes.
+template <class Element, class Weight = Element>
 struct Results {
-  std::vector<Number> y, grad_x, grad_row_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias;
+  std::vector<Element> y, grad_x;
+  std::vector<Weight> grad_row_weights;
+  std::vector<Element> grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias;
 
   explicit Results(const Layer& l)
       : y(size_t(l.T * l.D)),
@@ -83,10 +110,25 @@ struct Results {
         grad_down_bias(size_t(l.biased ? l.E * l.D : 0)) {}
 };
 
-Results<float> computed(const Layer& l, int threads, const char* instruction_set) {
-  Results<float> r(l);
-  std::vector<float> pre_activations(size_t(l.N * 2 * l.F));
-  const moesaic_experts experts = l.view();
+template <class Element>
+Results<Element, float> computed(const Layer& l, int threads, const char* instruction_set) {
+  const auto x = as_elements<Element>(l.x), gate_up = as_elements<Element>(l.gate_up);
+  const auto down = as_elements<Element>(l.down), grad_y = as_elements<Element>(l.grad_y);
+  const auto gate_up_bias = as_elements<Element>(l.gate_up_bias), down_bias = as_elements<Element>(l.down_bias);
+  const auto row_weights = as_elements<float>(l.row_weights);
+  moesaic_experts experts{};
+  experts.num_tokens = l.T, experts.num_rows = l.N, experts.num_experts = l.E;
+  experts.hidden_size = l.D, experts.intermediate_size = l.F;
+  experts.element = sizeof(Element) == 2 ? MOESAIC_BFLOAT16 : MOESAIC_FLOAT32;
+  experts.activation = l.clamped ? MOESAIC_CLAMPED_SWIGLU : MOESAIC_SWIGLU;
+  experts.limit = float(limit), experts.alpha = float(alpha_of_clamped);
+  experts.plan = moesaic_plan_view(l.plan.data(), l.T, l.N, l.E);
+  experts.x = x.data(), experts.row_weights = row_weights.data();
+  experts.gate_up = gate_up.data(), experts.down = down.data();
+  if (l.biased) experts.gate_up_bias = gate_up_bias.data(), experts.down_bias = down_bias.data();
+
+  Results<Element, float> r(l);
+  std::vector<Element> pre_activations(size_t(l.N * 2 * l.F));
   expect(moesaic_experts_forward(&experts, threads, instruction_set, pre_activations.data(), r.y.data()) == 0, "forward");
   moesaic_expert_gradients gradients{r.grad_x.data(),
                                      r.grad_row_weights.data(),
@@ -94,7 +136,7 @@ Results<float> computed(const Layer& l, int threads, const char* instruction_set
                                      r.grad_down.data(),
                                      l.biased ? r.grad_gate_up_bias.data() : nullptr,
                                      l.biased ? r.grad_down_bias.data() : nullptr};
-  expect(moesaic_experts_backward(&experts, threads, instruction_set, pre_activations.data(), l.grad_y.data(),
+  expect(moesaic_experts_backward(&experts, threads, instruction_set, pre_activations.data(), grad_y.data(),
                                   &gradients) == 0,
          "backward");
   return r;
@@ -105,7 +147,7 @@ struct Unit {
 };
 
 Unit activated(bool clamped, double gate, double up) {
-  const double limit = 1.5, alpha = clamped ? double(1.3f) : 1.0;
+  const double alpha = clamped ? alpha_of_clamped : 1.0;
   const double g = clamped ? std::fmin(gate, limit) : gate;
   const double u = clamped ? std::fmax(std::fmin(up, limit), -limit) + 1 : up;
   const double s = 1 / (1 + std::exp(-alpha * g));
@@ -113,27 +155,34 @@ Unit activated(bool clamped, double gate, double up) {
   return {u * g * s, clamped && gate > limit ? 0 : gate_slope, clamped && std::fabs(up) > limit ? 0 : g * s};
 }
 
+// An upper bound of it, up to a factor near 1.
+Unit activated_at_most(bool clamped, double gate, double up) {
+  const double u = clamped ? up + 1 : up;
+  return {u * gate, u, gate};
+}
+
 // One row of expert e, there and back.
-void add_row(const Layer& l, int64_t n, Results<double>& r) {
+template <class Activation>
+void add_row(const Layer& l, int64_t n, Activation activation, Results<double>& r) {
   const int64_t D = l.D, F = l.F, t = l.token_ids[size_t(n)], e = l.expert_ids[size_t(n)];
-  const float* const x = l.x.data() + t * D;
-  const float* const grad_y = l.grad_y.data() + t * D;
+  const double* const x = l.x.data() + t * D;
+  const double* const grad_y = l.grad_y.data() + t * D;
   const double weight = l.row_weights[size_t(n)];
   std::vector<double> pre(size_t(2 * F)), grad_pre(size_t(2 * F));
   for (int64_t f = 0; f < 2 * F; ++f) {
     double sum = l.biased ? l.gate_up_bias[size_t(e * 2 * F + f)] : 0;
-    for (int64_t d = 0; d < D; ++d) sum += double(l.gate_up[size_t((e * 2 * F + f) * D + d)]) * x[d];
+    for (int64_t d = 0; d < D; ++d) sum += l.gate_up[size_t((e * 2 * F + f) * D + d)] * x[d];
     pre[size_t(f)] = sum;
   }
   double grad_weight = 0;
   for (int64_t f = 0; f < F; ++f) {
-    const Unit unit = activated(l.clamped, pre[size_t(f)], pre[size_t(F + f)]);
+    const Unit unit = activation(l.clamped, pre[size_t(f)], pre[size_t(F + f)]);
     double grad = 0;
     for (int64_t d = 0; d < D; ++d) {
       const size_t at = size_t((e * D + d) * F + f);
       r.y[size_t(t * D + d)] += weight * l.down[at] * unit.value;
       r.grad_down[at] += weight * grad_y[d] * unit.value;
-      grad += double(l.down[at]) * grad_y[d];
+      grad += l.down[at] * grad_y[d];
     }
     grad_weight += grad * unit.value;
     grad_pre[size_t(f)] = weight * grad * unit.gate_slope;
@@ -142,7 +191,7 @@ void add_row(const Layer& l, int64_t n, Results<double>& r) {
   for (int64_t d = 0; d < D && l.biased; ++d) {
     r.y[size_t(t * D + d)] += weight * l.down_bias[size_t(e * D + d)];
     r.grad_down_bias[size_t(e * D + d)] += weight * grad_y[d];
-    grad_weight += double(l.down_bias[size_t(e * D + d)]) * grad_y[d];
+    grad_weight += l.down_bias[size_t(e * D + d)] * grad_y[d];
   }
   r.grad_row_weights[size_t(n)] = grad_weight;
   for (int64_t f = 0; f < 2 * F; ++f) {
@@ -155,50 +204,63 @@ void add_row(const Layer& l, int64_t n, Results<double>& r) {
   }
 }
 
-// Whether a pre-activation is so near a limit that rounding may carry it across, where the slope jumps.
-bool near_a_limit(const Layer& l) {
-  if (!l.clamped) return false;
-  for (int64_t n = 0; n < l.N; ++n) {
-    const int64_t t = l.token_ids[size_t(n)], e = l.expert_ids[size_t(n)];
-    for (int64_t f = 0; f < 2 * l.F; ++f) {
-      double sum = l.biased ? l.gate_up_bias[size_t(e * 2 * l.F + f)] : 0;
-      for (int64_t d = 0; d < l.D; ++d) {
-        sum += double(l.gate_up[size_t((e * 2 * l.F + f) * l.D + d)]) * l.x[size_t(t * l.D + d)];
-      }
-      if (std::fabs(std::fabs(sum) - 1.5) < 1e-5) return true;
-    }
-  }
-  return false;
+template <class Activation>
+Results<double> in_double(const Layer& l, Activation activation) {
+  Results<double> r(l);
+  for (int64_t n = 0; n < l.N; ++n) add_row(l, n, activation, r);
+  return r;
 }
 
-void expect_equal(const std::vector<float>& ours, const std::vector<double>& oracle, const std::string& what) {
-  double size = 0, worst = 0;
-  for (double one : oracle) size += one * one;
-  size = std::sqrt(size / double(oracle.size() + 1)) + 1e-3;
-  for (size_t i = 0; i < oracle.size(); ++i) {
-    const double error = std::fabs(ours[i] - oracle[i]) / (size + std::fabs(oracle[i]));
-    worst = error > worst || std::isnan(error) ? error : worst;
+// Each result is a sum of products of the inputs, but for the activation. The same sums of the inputs' squares are the
+// squared sizes of its terms, and the error of a sum of rounded terms grows like their root.
+Results<double> squared_sizes(Layer l) {
+  for (Numbers* some : {&l.x, &l.row_weights, &l.gate_up, &l.down, &l.gate_up_bias, &l.down_bias, &l.grad_y}) {
+    for (double& one : *some) one *= one;
   }
-  expect(worst < 1e-4, what + " differs by " + std::to_string(worst));
+  return in_double(l, activated_at_most);
+}
+
+template <class Element>
+void expect_equal(const std::vector<Element>& ours, const Numbers& oracle, const Numbers& squared_sizes,
+                  double tolerance, const std::string& what) {
+  double worst = 0;
+  for (size_t i = 0; i < oracle.size(); ++i) {
+    const double allowed = tolerance * (std::fabs(oracle[i]) + std::sqrt(squared_sizes[i]));
+    const double excess = std::fabs(double(widened(ours[i])) - oracle[i]) - allowed;
+    worst = excess > worst || std::isnan(excess) ? excess : worst;
+  }
+  expect(worst == 0, what + " differs by " + std::to_string(worst) + " more than it may");
+}
+
+template <class Element>
+void expect_right(const Layer& l, const Results<double>& oracle, const Results<double>& sizes) {
+  // In units of the type's epsilon: float32 rounds every partial sum, bfloat16 only what is stored.
+  const double epsilons = l.narrow ? 10 / 128. : 20 / 8388608.;
+  const double longest_sum = double(std::max({l.T, l.D, 2 * l.F}));
+  const double tolerance = epsilons * std::sqrt(std::fmax(1, longest_sum / 64));
+  for (const char* const* name = moesaic_expert_kernels(); *name; ++name) {
+    const auto ours = computed<Element>(l, 1 + int(below(4)), *name);
+    const std::string where = std::string(*name) + ", " + l.name();
+    const auto compare = [&](const auto& one, const Numbers& expected, const Numbers& squared, const char* what) {
+      expect_equal(one, expected, squared, tolerance, where + what);
+    };
+    compare(ours.y, oracle.y, sizes.y, "y");
+    compare(ours.grad_x, oracle.grad_x, sizes.grad_x, "grad_x");
+    compare(ours.grad_row_weights, oracle.grad_row_weights, sizes.grad_row_weights, "grad_row_weights");
+    compare(ours.grad_gate_up, oracle.grad_gate_up, sizes.grad_gate_up, "grad_gate_up");
+    compare(ours.grad_down, oracle.grad_down, sizes.grad_down, "grad_down");
+    compare(ours.grad_gate_up_bias, oracle.grad_gate_up_bias, sizes.grad_gate_up_bias, "grad_gate_up_bias");
+    compare(ours.grad_down_bias, oracle.grad_down_bias, sizes.grad_down_bias, "grad_down_bias");
+  }
 }
 
 void test_layer() {
   const Layer layer;
-  if (near_a_limit(layer)) return;
-  Results<double> oracle(layer);
-  for (int64_t n = 0; n < layer.N; ++n) add_row(layer, n, oracle);
-  for (const char* const* name = moesaic_expert_kernels(); *name; ++name) {
-    const Results<float> ours = computed(layer, 1 + int(below(4)), *name);
-    const std::string where = std::string(*name) + ", T " + std::to_string(layer.T) + " N " + std::to_string(layer.N) +
-                              " E " + std::to_string(layer.E) + " D " + std::to_string(layer.D) + " F " +
-                              std::to_string(layer.F) + ": ";
-    expect_equal(ours.y, oracle.y, where + "y");
-    expect_equal(ours.grad_x, oracle.grad_x, where + "grad_x");
-    expect_equal(ours.grad_row_weights, oracle.grad_row_weights, where + "grad_row_weights");
-    expect_equal(ours.grad_gate_up, oracle.grad_gate_up, where + "grad_gate_up");
-    expect_equal(ours.grad_down, oracle.grad_down, where + "grad_down");
-    expect_equal(ours.grad_gate_up_bias, oracle.grad_gate_up_bias, where + "grad_gate_up_bias");
-    expect_equal(ours.grad_down_bias, oracle.grad_down_bias, where + "grad_down_bias");
+  const Results<double> oracle = in_double(layer, activated), sizes = squared_sizes(layer);
+  if (layer.narrow) {
+    expect_right<BFloat16>(layer, oracle, sizes);
+  } else {
+    expect_right<float>(layer, oracle, sizes);
   }
 }
 

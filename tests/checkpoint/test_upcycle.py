@@ -15,9 +15,10 @@ import torch
 import transformers
 
 from moesaic.checkpoint.load import load, load_tokenizer
+from moesaic.checkpoint.plain_model import COMPANIONS
 from moesaic.checkpoint.run_state import save_run_state
 from moesaic.checkpoint.save import export_model
-from moesaic.checkpoint.upcycle import COMPANIONS, Upcycling, upcycle
+from moesaic.checkpoint.upcycle import Upcycling, upcycle
 from moesaic.config import ModelConfig, TrainConfig
 from moesaic.config_io import to_mapping, write_train_config
 from moesaic.errors import MoesaicError, UsageError

@@ -164,7 +164,11 @@ REFUSALS: list[tuple[list[str], int, list[str]]] = [
     (["generate", "{run}", "--prompt", "x", "--top-p", "0"], 2, ["top_p is 0"]),
     (["generate", "{run}", "--prompt", ""], 2, ["prompt is empty"]),
     (["generate", "{run}", "--prompt", "x", "--max-tokens", "9999"], 2, ["lower --max-tokens to 2047"]),
-    (["generate", "{run}", "--prompt", "x", "--backend", "cuda"], 2, ["choose auto, native, grouped, reference"]),
+    (
+        ["generate", "{run}", "--prompt", "x", "--backend", "cuda"],
+        2,
+        ["choose auto, native, grouped, packed, reference"],
+    ),
     (["generate", "{folder}/nothing", "--prompt", "x"], 2, ["neither a run directory"]),
     (["generate", "no-one/nothing", "--prompt", "x", "--offline"], 1, ["not in the local cache", "without --offline"]),
     (["chat", "no-one/nothing", "--offline"], 1, ["not in the local cache", "without --offline"]),

@@ -12,6 +12,7 @@ from torch import Tensor
 from moesaic.errors import UsageError
 from moesaic.ops import ACTIVATIONS, BACKENDS, Backend, ExpertShape, pick, refusal
 from moesaic.ops.reference import reference_experts
+from moesaic.ops.weights import PLAIN
 
 from .expert_cases import CLAMPED, EXPERTS, TOLERANCE, apply, assert_equals_reference, make_case, run
 
@@ -23,9 +24,11 @@ CASES = {
     "many empty experts": {"T": 3, "E": 64, "K": 2, "D": 32, "F": 16},
     "no token": {"T": 0, "E": 4, "K": 2, "D": 16, "F": 16},
 }
+TRAINING = {name: backend for name, backend in BACKENDS.items() if backend.gradients and PLAIN in backend.formats}
+"""Those that compute plain weights, with gradients; tests/ops/test_native_packed.py has the others."""
 COMPUTED = [
     pytest.param(name, dtype, id=f"{name} {dtype}")
-    for name, backend in BACKENDS.items()
+    for name, backend in TRAINING.items()
     for dtype in sorted(backend.dtypes & TOLERANCE.keys(), key=str)
     if name != "reference" and backend.missing() is None
 ]
@@ -74,7 +77,7 @@ def test_reference_gradients_in_float64(experts: str) -> None:
     assert torch.autograd.gradcheck(y_of, tuple(leaves.values()))
 
 
-@pytest.mark.parametrize("backend", [name for name, backend in BACKENDS.items() if backend.missing() is None])
+@pytest.mark.parametrize("backend", [name for name, backend in TRAINING.items() if backend.missing() is None])
 def test_an_expert_without_rows_has_zero_gradient_not_none(backend: str) -> None:
     case = make_case(T=6, E=8, K=1, D=16, F=16, experts="swiglu with biases", one_expert=True)
     results = run(BACKENDS[backend].run, case, torch.float32)
@@ -90,7 +93,7 @@ def test_pick_prefers_native_when_it_is_built(monkeypatch: pytest.MonkeyPatch) -
     assert pick("auto", shape) == ("native" if BUILT else "grouped")
     monkeypatch.setitem(BACKENDS, "native", replace(BACKENDS["native"], missing=lambda: None))
     assert pick("auto", shape) == "native"
-    assert pick("auto", replace(shape, dtype=torch.bfloat16)) == "grouped"
+    assert pick("auto", replace(shape, dtype=torch.bfloat16)) == "native"
     assert pick("auto", replace(shape, device="cuda")) == "grouped"
 
 
@@ -110,7 +113,7 @@ def test_pick_refuses_with_reason_and_alternative() -> None:
     shape = ExpertShape(hidden_size=64, moe_intermediate_size=32, device="cpu", dtype=torch.float64)
     with pytest.raises(UsageError, match=r"computes in .*float32.*use reference"):
         pick("grouped", shape)
-    with pytest.raises(UsageError, match=r"unknown backend 'grpuped'; choose auto, native, grouped, reference"):
+    with pytest.raises(UsageError, match=r"unknown backend 'grpuped'; choose auto, native, grouped, packed, reference"):
         pick("grpuped", shape)
 
 
@@ -129,6 +132,17 @@ def test_pick_passes_over_a_backend_that_lacks_the_activation_or_the_biases(monk
         pick("bare", replace(shape, activation="clamped_swiglu"))
     with pytest.raises(UsageError, match=r"it adds no biases .*; use .*grouped or reference"):
         pick("bare", replace(shape, has_bias=True))
+
+
+def test_pick_goes_by_the_format_of_the_weights() -> None:
+    shape = ExpertShape(hidden_size=64, moe_intermediate_size=32, device="cpu", dtype=torch.bfloat16, format="int4")
+    assert pick("auto", shape) == "packed"
+    assert pick("auto", replace(shape, device="cuda")) == "packed"
+    assert pick("reference", shape) == "reference"
+    with pytest.raises(UsageError, match=r"'grouped' cannot .* takes plain weights, not int4; use packed or reference"):
+        pick("grouped", shape)
+    with pytest.raises(UsageError, match=r"takes int4, int8, mxfp4 weights, not plain; use .*grouped or reference"):
+        pick("packed", replace(shape, format=PLAIN))
 
 
 def test_the_backends_that_run_everywhere_support_every_expert() -> None:

@@ -4,16 +4,20 @@ The model is made without memory and then filled tensor by tensor, each read str
 """
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moesaic.checkpoint.hf_directory import HFDirectory, check_shapes, final_dtype
+from moesaic.checkpoint.packing import PackingReader
 from moesaic.checkpoint.resolve import ModelSource, require_weights, resolve_model
 from moesaic.checkpoint.run_state import newest_run_state
 from moesaic.config import ModelConfig, TrainConfig
 from moesaic.config_io import from_mapping
 from moesaic.errors import MoesaicError, UsageError
+from moesaic.model.quantize import SCHEMES, make_quantization, quantize_model
 from moesaic.model.transformer import Transformer
 from moesaic.ops import DTYPES
 from moesaic.ops.device import resolve_device
@@ -39,7 +43,9 @@ def load(
             a Hugging Face directory, or, where it says nothing, what the weights are stored as (float16 is read as
             float32). Routers keep float32 weights when they are stored so.
         device: `auto` is cuda where there is one.
-        quantization, memory: not there yet; anything but None is refused.
+        quantization: packs the weights while they are read: `int8`, `int4`, or `mxfp4` for experts published so
+            (moesaic.model.quantize.SCHEMES). A quantised directory needs none. The model is then for inference.
+        memory: not there yet; anything but None is refused.
         backend: how experts are computed, see `moesaic.ops.BACKENDS`.
         offline: take a model of the hub from the local cache, and ask nobody.
         revision: branch, tag or commit of a model on the hub; None is its main branch.
@@ -51,16 +57,15 @@ def load(
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is not known; choose auto, {' or '.join(DTYPES)}")
-    for name, value in (("quantization", quantization), ("memory", memory)):
-        if value is not None:
-            raise UsageError(
-                f"{name}={value!r} is not supported yet; leave it out, or use dtype='bfloat16' to halve the bytes"
-            )
+    if memory is not None:
+        raise UsageError(f"memory={memory!r} is not supported yet; leave it out, or use quantization='int4'")
+    if quantization is not None and quantization not in SCHEMES:
+        raise UsageError(f"quantization {quantization!r} is not known; choose {', '.join(SCHEMES)}")
     target = resolve_device(device)
     source = resolve_model(path, revision, offline)
     require_weights(source, offline)
     read = {"run": _load_run, "hf": _load_hf}[source.kind]
-    return read(source, DTYPES.get(dtype), target, backend).eval()
+    return read(source, DTYPES.get(dtype), target, backend, quantization).eval()
 
 
 def load_tokenizer(path: str | Path | ModelSource, *, offline: bool = False, revision: str | None = None) -> Tokenizer:
@@ -81,7 +86,9 @@ def load_tokenizer(path: str | Path | ModelSource, *, offline: bool = False, rev
     return tokenizer
 
 
-def _load_run(source: ModelSource, dtype: torch.dtype | None, device: torch.device, backend: str) -> Transformer:
+def _load_run(
+    source: ModelSource, dtype: torch.dtype | None, device: torch.device, backend: str, scheme: str | None
+) -> Transformer:
     state = newest_run_state(source.directory)
     for warning in state.warnings:
         warnings.warn(f"{source.directory}: {warning}", stacklevel=3)
@@ -93,17 +100,49 @@ def _load_run(source: ModelSource, dtype: torch.dtype | None, device: torch.devi
     wanted = dtype or torch.float32
     tensors = {name: tensor.to(device, final_dtype(name, tensor.dtype, wanted)) for name, tensor in stored.items()}
     model.load_state_dict(tensors, assign=True)
+    if scheme is not None:
+        quantize_model(model, make_quantization(scheme, model.config))
     return model
 
 
-def _load_hf(source: ModelSource, dtype: torch.dtype | None, device: torch.device, backend: str) -> Transformer:
+def _load_hf(
+    source: ModelSource, dtype: torch.dtype | None, device: torch.device, backend: str, scheme: str | None
+) -> Transformer:
     with HFDirectory(source.directory) as stored:
         model = empty_model(stored.config, backend)
-        stored.check(model.state_dict())
-        tensors = stored.allocate(model.state_dict(), dtype or stored.dtype, device)
-        stored.fill(tensors)
+        wanted = dtype or stored.dtype
+        if stored.quantization is not None:
+            if scheme not in (None, stored.quantization.scheme):
+                raise UsageError(
+                    f"{source.directory} is quantised as {stored.quantization.scheme} already; leave quantization out, "
+                    f"or name the model that it was made from"
+                )
+            quantize_model(model, stored.quantization)
+            stored.check(model.state_dict())
+            tensors = stored.read(model.state_dict(), wanted, device)
+        elif scheme is not None:
+            tensors = _pack_while_reading(model, scheme, stored, wanted, device)
+        else:
+            stored.check(model.state_dict())
+            tensors = stored.read(model.state_dict(), wanted, device)
     model.load_state_dict(tensors, assign=True)
     return model
+
+
+def _pack_while_reading(
+    model: Transformer, scheme: str, stored: HFDirectory, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """One plain tensor in memory at a time; `model`, on the meta device, becomes a quantised one."""
+    like = model.state_dict()
+    stored.check(like)
+    quantize_model(model, make_quantization(scheme, model.config))
+    stored.require_memory(model.state_dict(), dtype, device)
+
+    def read(names: Sequence[str]) -> dict[str, Tensor]:
+        return stored.read({name: like[name] for name in names}, dtype, device)
+
+    reader = PackingReader(model, read, stored.joined)
+    return {name: reader.tensor(name) for name in model.state_dict()}
 
 
 def empty_model(config: ModelConfig, backend: str = "auto") -> Transformer:

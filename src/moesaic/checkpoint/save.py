@@ -12,8 +12,10 @@ from moesaic.checkpoint.families import family_for_export
 from moesaic.checkpoint.families.family import Family
 from moesaic.checkpoint.families.keys import eos_as_hf
 from moesaic.checkpoint.families.layout import Layout, StoredTensor
+from moesaic.checks import require
 from moesaic.config import ModelConfig
 from moesaic.errors import UsageError
+from moesaic.model.quantize import is_quantized
 from moesaic.model.transformer import Transformer
 from moesaic.tokenizer import Tokenizer
 from moesaic.weights_io import MAX_SHARD_BYTES, PlannedTensor, atomic_directory, write_json, write_sharded
@@ -28,9 +30,14 @@ def export_model(
     it: dense is qwen3, softmax top-k qwen3_moe, sigmoid top-k glm4_moe. What the family stores joined or scaled is
     made one stored tensor at a time.
 
-    Raises UsageError when `directory` holds something, MoesaicError for what the family cannot express, by name.
+    Raises UsageError when `directory` holds something or the model is quantised, MoesaicError for what the family
+    cannot express, by name.
     """
     require_new(directory)
+    require(
+        not is_quantized(model),
+        "the model is quantised, and an exported one has plain weights; export the one that it was made from",
+    )
     config = with_eos_of(model.config, tokenizer)
     family = family_for_export(config)
     ours = model.state_dict()

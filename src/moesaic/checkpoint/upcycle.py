@@ -17,12 +17,8 @@ size, f = F / G.
 """
 
 import hashlib
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -32,26 +28,18 @@ from torch import Tensor
 from moesaic.checkpoint.families import family_for_export
 from moesaic.checkpoint.families.family import Family
 from moesaic.checkpoint.families.layout import Region, Shape, StoredTensor
-from moesaic.checkpoint.hf_directory import HFDirectory
-from moesaic.checkpoint.load import empty_model, load, load_tokenizer
-from moesaic.checkpoint.resolve import ModelSource, require_weights, resolve_model
-from moesaic.checkpoint.save import plan, require_new, with_eos_of, write_configs
+from moesaic.checkpoint.load import empty_model
+from moesaic.checkpoint.plain_model import PlainModel, Progress, open_plain, reporting
+from moesaic.checkpoint.resolve import require_weights, resolve_model
+from moesaic.checkpoint.save import plan, require_new, write_configs
 from moesaic.checks import require, require_not_negative, require_positive, require_seed
 from moesaic.config import ModelConfig, MoEConfig
 from moesaic.errors import MoesaicError, UsageError
 from moesaic.ops import DTYPES
-from moesaic.weights_io import PlannedTensor, atomic_directory, write_sharded
+from moesaic.weights_io import atomic_directory, write_sharded
 
 ROUTER_STD = 0.02
 """Of the routers' weights, where the model has no initializer_range."""
-COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-    "tiktoken.model", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
-)  # fmt: skip
-"""What belongs to a model besides config and weights, and is carried over as it is."""
-
-Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +110,11 @@ def upcycle(
     require(dtype in ("auto", *DTYPES), f"dtype {dtype!r} is not known; choose auto, {' or '.join(DTYPES)}")
     source = resolve_model(model, revision, offline)
     require_weights(source, offline)
-    with _open_dense(source, dtype) as dense:
+    with open_plain(source, dtype) as dense:
         config, family = sparse_config(dense.config, how)
         like = empty_model(config).to(dense.dtype).state_dict()
         sparse = _SparseModel(dense, config, how, like)
-        tensors = _reporting(plan(family.layout(config), like, sparse.stored), progress)
+        tensors = reporting(plan(family.layout(config), like, sparse.stored), progress)
         with atomic_directory(directory, bytes_needed=sum(tensor.nbytes for tensor in tensors)) as temporary:
             write_configs(temporary, family, config, dense.dtype)
             write_sharded(temporary, tensors)
@@ -158,61 +146,10 @@ def sparse_config(dense: ModelConfig, how: Upcycling) -> tuple[ModelConfig, Fami
         raise UsageError(f"{name} cannot be upcycled: {error}") from error
 
 
-@dataclass(frozen=True)
-class _Dense:
-    """A dense model, of which only what is asked for need be in memory."""
-
-    config: ModelConfig
-    dtype: torch.dtype
-    names: Sequence[str]
-    """Of its tensors, as our model calls them."""
-    read: Callable[[Sequence[str]], Mapping[str, Tensor]]
-    carry: Callable[[Path], None]
-    """Puts into a directory what belongs to the model besides config and weights."""
-
-
-@contextmanager
-def _open_dense(source: ModelSource, dtype: str) -> Iterator[_Dense]:
-    if source.kind == "run":
-        model, tokenizer = load(source.directory, dtype=dtype, device="cpu"), load_tokenizer(source.directory)
-        state = model.state_dict()
-        config = with_eos_of(model.config, tokenizer)
-        yield _Dense(config, model.embed_tokens.weight.dtype, list(state), lambda _: state, tokenizer.save)
-        return
-    with HFDirectory(source.directory) as stored:
-        like = empty_model(stored.config).state_dict()
-        stored.check(like)
-        wanted = DTYPES.get(dtype) or stored.dtype
-
-        def read(names: Sequence[str]) -> Mapping[str, Tensor]:
-            tensors = stored.allocate({name: like[name] for name in names}, wanted, torch.device("cpu"))
-            stored.fill(tensors)
-            return tensors
-
-        yield _Dense(stored.config, wanted, list(like), read, partial(_copy_companions, source.directory))
-
-
-def _copy_companions(source: Path, target: Path) -> None:
-    for file in [file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()]:
-        copy = target / file.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
-
-
-def _reporting(tensors: Sequence[PlannedTensor], progress: Progress) -> list[PlannedTensor]:
-    numbers = count(1)
-
-    def made(tensor: PlannedTensor) -> Tensor:
-        progress("tensors", next(numbers), len(tensors))
-        return tensor.data()
-
-    return [replace(tensor, data=partial(made, tensor)) for tensor in tensors]
-
-
 class _SparseModel:
     """Makes the stored tensors of the sparse model, one by one, of one layer of the dense model at a time."""
 
-    def __init__(self, dense: _Dense, config: ModelConfig, how: Upcycling, like: Mapping[str, Tensor]) -> None:
+    def __init__(self, dense: PlainModel, config: ModelConfig, how: Upcycling, like: Mapping[str, Tensor]) -> None:
         self._dense, self._how, self._like = dense, how, like
         self._router_std = config.initializer_range or ROUTER_STD
         self._in_memory: Mapping[str, Tensor] = {}
@@ -263,7 +200,7 @@ class _SparseModel:
         """One tensor of the dense model; its layer is read with it, in place of the one before."""
         if name not in self._in_memory:
             block, index, *_ = name.split(".")
-            layer = [other for other in self._dense.names if other.startswith(f"{block}.{index}.")]
+            layer = [other for other in self._dense.dtypes if other.startswith(f"{block}.{index}.")]
             self._in_memory = {}  # let go before the next is read
             self._in_memory = self._dense.read(layer if block == "layers" else [name])
         return self._in_memory[name]

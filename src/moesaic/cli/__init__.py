@@ -33,6 +33,7 @@ for position, (name, function, about) in enumerate(
         ("eval", "evaluate", "Perplexity, bits per byte and balance on a text file."),
         ("export", "export", "Write a run as a Hugging Face directory."),
         ("upcycle", "upcycle", "Make a sparse model of a dense one, with the same logits."),
+        ("quantize", "quantize", "Pack a model's weights into 8 or 4 bits."),
         ("bench", "bench", "Run a benchmark of the source checkout."),
         ("doctor", "doctor", "What this machine has, and which backend it gets."),
     )

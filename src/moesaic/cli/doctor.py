@@ -23,6 +23,7 @@ def doctor(*, json_output: JsonFlag = False) -> None:
     from moesaic.ops import BACKENDS, ExpertShape, pick, refusal
     from moesaic.ops.device import device_name, measured_matmul_peak, resolve_device
     from moesaic.ops.instruction_set import cpu_features, expert_kernels_status, instruction_set, native_status
+    from moesaic.ops.native_packed import packed_instruction_sets
 
     device = resolve_device("auto")
     shape = ExpertShape(hidden_size=1024, moe_intermediate_size=512, device=device.type, dtype=torch.float32)
@@ -36,6 +37,7 @@ def doctor(*, json_output: JsonFlag = False) -> None:
         "instruction_set": instruction_set(),
         "native_kernels": native_status(),
         "expert_kernels": expert_kernels_status(),
+        "packed_kernels": next(iter(packed_instruction_sets()), "none: torch computes with unpacked weights"),
         "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -52,7 +54,8 @@ def doctor(*, json_output: JsonFlag = False) -> None:
         print(json.dumps(report))
         return
     table = Table(show_header=False, box=None, pad_edge=False)
-    for key in ("device", "instruction_set", "native_kernels", "expert_kernels", "cores", "threads", "torch", "python"):
+    shown = ("device", "instruction_set", "native_kernels", "expert_kernels", "packed_kernels")
+    for key in (*shown, "cores", "threads", "torch", "python"):
         table.add_row(key.replace("_", " "), str(report[key]))
     table.add_row("matrix products", f"{peaks['float32']} GFLOP/s in float32, {peaks['bfloat16']} in bfloat16")
     for name, reason in report["backends"].items():

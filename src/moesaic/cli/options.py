@@ -30,6 +30,8 @@ class ModelOptions:
     "Type of the weights; auto keeps what is stored."
     device: str = "auto"
     "auto, cpu, cuda or cuda:N."
+    quantization: Literal["int8", "int4", "mxfp4"] | None = None
+    "Pack the weights while they are read; `moesaic quantize` does it once for all."
     backend: str = "auto"
     "How experts are computed; `moesaic doctor` lists the choices."
     offline: Annotated[bool, Parameter(negative="")] = False
@@ -45,8 +47,13 @@ class ModelOptions:
         source = resolve_model(model, self.revision, self.offline)
         tokenizer = load_tokenizer(source)
         transformer = load(
-            source, dtype=self.dtype, device=self.device, backend=self.backend, offline=self.offline
-        )  # fmt: skip
+            source,
+            dtype=self.dtype,
+            device=self.device,
+            quantization=self.quantization,
+            backend=self.backend,
+            offline=self.offline,
+        )
         return transformer, tokenizer
 
 

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from moesaic.config import ModelConfig
 from moesaic.model.attention_context import AttentionContext
+from moesaic.model.kv_cache import KVCache
 from moesaic.model.norm import RMSNorm, rms_normalize
 from moesaic.model.rope import rotate
 from moesaic.model.softmax_attention import attend
 from moesaic.model_config import LayerType
+from moesaic.ops import native_step
 
 
 class Attention(nn.Module):
@@ -35,6 +37,8 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        if context.kv is not None and self._native_serves(x, context):
+            return self._attend_natively(x, context, context.kv)
         query_BHLd = self._place(self._heads(self.q_proj(x), self.q_norm), self.q_norm, context)
         key_BGSd = self._place(self._heads(self.k_proj(x), self.k_norm), self.k_norm, context)
         value_BGSd = self._heads(self.v_proj(x), None)
@@ -51,6 +55,40 @@ class Attention(nn.Module):
             sinks=self.sinks,
         )
         return self.o_proj(out_BHLd.transpose(1, 2).flatten(2))
+
+    def _native_serves(self, x: Tensor, context: AttentionContext) -> bool:
+        """Whether one operator may do what stands between the projections: few tokens, and nothing unusual."""
+        return (
+            x.shape[1] <= native_step.FEW_TOKENS
+            and native_step.serves(x)
+            and self.config.qk_norm in native_step.QK_NORMS
+            and self.config.clip_qkv is None
+            and (self.has_rope or context.temperature is None)
+            and context.masks[self.layer_type] is not None
+            and context.kv is not None
+            and context.kv.keys.dtype == torch.float32
+        )
+
+    def _attend_natively(self, x: Tensor, context: AttentionContext, kv: KVCache) -> Tensor:
+        mask_BLS = context.masks[self.layer_type]
+        assert mask_BLS is not None
+        heads = native_step.Heads(
+            num_heads=self.config.num_attention_heads,
+            num_key_value_heads=self.config.num_key_value_heads,
+            head_dim=self.config.head_dim,
+            scale=self.scale,
+            qk_norm=self.config.qk_norm,
+            norm_eps=self.config.rms_norm_eps,
+            interleaved=self.config.rope_interleaved,
+        )
+        out_BLh = native_step.attend(
+            heads, self.q_proj(x), self.k_proj(x), self.v_proj(x),
+            (kv.keys[self.layer_index], kv.values[self.layer_index]), kv.length, mask_BLS,
+            rotary=context.rotary if self.has_rope else None,
+            norms=None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight),
+            sinks=self.sinks,
+        )  # fmt: skip
+        return self.o_proj(out_BLh)
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None) -> Tensor:
         """(B, L, heads * d) -> (B, heads, L, d), normalised if that comes before RoPE, then clamped."""

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from moesaic.config import ModelConfig
 from moesaic.ops import BACKENDS, Activation, ExpertShape, ExpertWeights, Routing, pick
 from moesaic.ops.permute import rows_with_weighted_inputs, sum_rows_of_tokens
+from moesaic.ops.quantize import PackedWeight, pack
 
 
 class Experts(nn.Module):
     """E stacked gated experts. x (T, D) and a routing -> the sum of each token's experts (T, D).
 
-    The routing's weights multiply what comes out of an expert, or what goes in where the router says so.
+    The routing's weights multiply what comes out of an expert, or what goes in where the router says so. After
+    `quantize`, gate_up and down are packed, buffers in place of parameters.
     """
 
     def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
@@ -23,6 +25,9 @@ class Experts(nn.Module):
         moe = config.moe
         E, D, F = moe.num_experts, config.hidden_size, moe.moe_intermediate_size
         self.backend = backend
+        self.hidden_size, self.intermediate_size = D, F
+        self.packing: tuple[str, int] | None = None
+        """Format and group size of gate_up and down, where they are packed."""
         self.activation = Activation(moe.activation, limit=moe.swiglu_limit, alpha=moe.swiglu_alpha)
         self.weighs_inputs = moe.router == "topk_sigmoid_input"
         self.gate_up = nn.Parameter(torch.empty(E, 2 * F, D))
@@ -30,22 +35,41 @@ class Experts(nn.Module):
         self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * F)) if moe.projection_bias else None
         self.down_bias = nn.Parameter(torch.empty(E, D)) if moe.projection_bias else None
 
+    def quantize(self, format: str, group_size: int) -> None:
+        """Packs gate_up and down, each in its turn; biases stay as they are."""
+        for name in ("gate_up", "down"):
+            data = pack(self.get_parameter(name), format, group_size).data
+            delattr(self, name)
+            self.register_buffer(name, data)
+        self.packing = format, group_size
+
+    @property
+    def packed(self) -> dict[str, PackedWeight]:
+        """gate_up (E, 2F, D) and down (E, D, F) by name, where they are packed."""
+        if self.packing is None:
+            return {}
+        shapes = {"gate_up": (2 * self.intermediate_size, self.hidden_size)}
+        shapes["down"] = (self.hidden_size, self.intermediate_size)
+        return {name: PackedWeight(self.get_buffer(name), *shape, *self.packing) for name, shape in shapes.items()}
+
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        packed = self.packed
         weights = ExpertWeights(
-            gate_up=self.gate_up.to(dtype),
-            down=self.down.to(dtype),
+            gate_up=packed["gate_up"] if packed else self.gate_up.to(dtype),
+            down=packed["down"] if packed else self.down.to(dtype),
             gate_up_bias=None if self.gate_up_bias is None else self.gate_up_bias.to(dtype),
             down_bias=None if self.down_bias is None else self.down_bias.to(dtype),
             activation=self.activation,
         )
         shape = ExpertShape(
-            hidden_size=x.shape[1],
-            moe_intermediate_size=self.down.shape[2],
+            hidden_size=self.hidden_size,
+            moe_intermediate_size=self.intermediate_size,
             device=x.device.type,
             dtype=dtype,
             activation=self.activation.name,
             has_bias=weights.has_bias,
+            format=weights.format,
         )
         run = BACKENDS[pick(self.backend, shape)].run
         if not self.weighs_inputs:

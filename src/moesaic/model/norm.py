@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moesaic.config import ModelConfig
+from moesaic.ops import native_step
 
 
 class RMSNorm(nn.Module):
@@ -43,6 +44,8 @@ def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
 
 def rms_normalize(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
     """x (..., size) / rms(x), times `weight` (size,) where there is one, in x's dtype."""
+    if native_step.serves(x):
+        return native_step.rms_norm(x, weight, eps)
     dtype = _wide(x)
     weight = None if weight is None else weight.to(dtype)
     return functional.rms_norm(x.to(dtype), (x.shape[-1],), weight, eps).to(x.dtype)

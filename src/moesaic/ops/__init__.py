@@ -1,7 +1,8 @@
 """How experts are computed: a table of backends and the choice among them.
 
 A backend is a function (x (T, D), Routing, ExpertWeights) -> y (T, D). It permutes locally, runs the experts and
-combines with the routing's weights, so that a kernel may fuse all three. Outputs and gradients equal `reference`.
+combines with the routing's weights, so that a kernel may fuse all three. Outputs equal `reference`, and so do gradients
+where a backend has them.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from moesaic.errors import UsageError
 from moesaic.ops.activation import ACTIVATIONS, Activation
 from moesaic.ops.grouped import grouped_experts
 from moesaic.ops.native import NATIVE_ACTIVATIONS, native_experts, why_native_is_missing
+from moesaic.ops.native_packed import PACKED_DTYPES, packed_experts
+from moesaic.ops.quantize import FORMATS
 from moesaic.ops.reference import reference_experts
 from moesaic.ops.routing import Choice, Routing
-from moesaic.ops.weights import ExpertWeights
+from moesaic.ops.weights import PLAIN, ExpertWeights
 
 __all__ = [
     "ACTIVATIONS",
@@ -51,6 +54,8 @@ class ExpertShape:
     activation: str = "swiglu"
     has_bias: bool = False
     """Whether there are biases on the experts' projections."""
+    format: str = PLAIN
+    """Of the weights: plain, or packed as moesaic.ops.quantize.FORMATS names it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ class Backend:
     activations: frozenset[str]
     biases: bool
     """Whether it adds biases to the experts' projections."""
+    formats: frozenset[str] = frozenset({PLAIN})
+    """Of weights that it computes with."""
+    gradients: bool = True
     row_alignment_bytes: int = 1
     """hidden_size and moe_intermediate_size must fill a multiple of this many bytes."""
     missing: Callable[[], str | None] = lambda: None
@@ -75,7 +83,7 @@ BACKENDS: dict[str, Backend] = {
     "native": Backend(
         run=native_experts,
         devices=frozenset({"cpu"}),
-        dtypes=frozenset({torch.float32}),
+        dtypes=frozenset({torch.float32, torch.bfloat16}),
         activations=frozenset(NATIVE_ACTIVATIONS),
         biases=True,
         missing=why_native_is_missing,
@@ -90,12 +98,23 @@ BACKENDS: dict[str, Backend] = {
         row_alignment_bytes=16,
         about="grouped matrix products of torch over rows sorted by expert",
     ),
+    "packed": Backend(
+        run=packed_experts,
+        devices=frozenset({"cpu", "cuda", "mps"}),
+        dtypes=PACKED_DTYPES,
+        activations=frozenset(NATIVE_ACTIVATIONS),
+        biases=True,
+        formats=frozenset(FORMATS),
+        gradients=False,
+        about="packed weights by C++ kernels, or unpacked where there are none",
+    ),
     "reference": Backend(
         run=reference_experts,
         devices=frozenset({"cpu", "cuda", "mps"}),
         dtypes=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
         activations=frozenset(ACTIVATIONS),
         biases=True,
+        formats=frozenset({PLAIN, *FORMATS}),
         about="a plain loop over experts; slow, right, everywhere",
     ),
 }
@@ -110,6 +129,8 @@ def refusal(name: str, shape: ExpertShape) -> str | None:
         return f"computes in {', '.join(sorted(map(str, backend.dtypes)))}, not in {shape.dtype}"
     if shape.activation not in backend.activations:
         return f"computes {', '.join(sorted(backend.activations))}, not {shape.activation}"
+    if shape.format not in backend.formats:
+        return f"takes {', '.join(sorted(backend.formats))} weights, not {shape.format}"
     if shape.has_bias and not backend.biases:
         return "adds no biases to the experts' projections"
     for field in ("hidden_size", "moe_intermediate_size"):

@@ -3,6 +3,7 @@
 The native module asks the CPU itself. Without it torch's own kernels do all the work, so what torch reports counts.
 """
 
+import functools
 import importlib
 import itertools
 import platform
@@ -18,15 +19,19 @@ _LEVEL_OF_TORCH_CAPABILITY = {"AVX512": "avx512f", "AVX2": "avx2"}
 _FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "neon",
 )  # fmt: skip
+_AVX512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _FEATURES_OF_LEVEL = {
-    "avx512f": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_vnni": {*_AVX512, "avx512_vnni"},
+    "avx512f": _AVX512,
     "avx2": {"avx2", "fma", "f16c"},
     "neon": {"neon"},
     "portable": set(),
 }
-_LEVELS_OF_KERNELS = ("avx512f", "avx2", "portable")
+_LEVELS_OF_EXPERTS = ("avx512f", "avx2", "portable")
+_LEVELS_OF_PACKED = ("avx512_vnni", "avx2", "portable")
 
 
+@functools.cache
 def _load_native() -> tuple[ModuleType | None, str]:
     """The native module, or None and why it is missing."""
     try:
@@ -35,7 +40,7 @@ def _load_native() -> tuple[ModuleType | None, str]:
         return None, "not built"
     except ImportError as error:
         return None, f"built but does not load: {error}"
-    if not hasattr(module, "expert_kernels"):
+    if not all(hasattr(module, name) for name in ("expert_kernels", "packed_kernels", "attend")):
         return None, "built from older sources"
     return module, ""
 
@@ -82,11 +87,19 @@ def native_status() -> str:
 def expert_kernels_status() -> str:
     """One line: the instruction set that the experts' kernels run on, and why it is none of the faster ones."""
     native = native_module()
-    if native is None:
-        return native_status()
-    (running, *_), features = native.expert_kernels(), native.cpu_features()
+    return native_status() if native is None else _why_not_faster(native, native.expert_kernels(), _LEVELS_OF_EXPERTS)
+
+
+def packed_kernels_status() -> str:
+    """The same of the kernels for packed weights."""
+    native = native_module()
+    return native_status() if native is None else _why_not_faster(native, native.packed_kernels(), _LEVELS_OF_PACKED)
+
+
+def _why_not_faster(native: ModuleType, usable: list[str], levels: tuple[str, ...]) -> str:
+    running, features = usable[0], native.cpu_features()
     reasons = []
-    for level in itertools.takewhile(lambda level: level != running, _LEVELS_OF_KERNELS):
+    for level in itertools.takewhile(lambda level: level != running, levels):
         lacking = sorted(name for name in _FEATURES_OF_LEVEL[level] if not features[name])
         why = f"this CPU lacks {', '.join(lacking)}" if lacking else "the compiler could not build it"
         reasons.append(f"{level} not: {why}")

@@ -1,10 +1,13 @@
-"""Experts by the C++ kernels of csrc/, fused: float32 on CPUs, as one operator for autograd and torch.compile.
+"""Experts by the C++ kernels of csrc/, fused: on CPUs, as one operator for autograd and torch.compile.
 
 T tokens, N assignments, E experts, D hidden size, F expert intermediate size.
 
 Forward gathers, multiplies, activates and sums without leaving the cache, and keeps the pre-activations alone. Backward
 recomputes the activation and takes the gradient of a row's weight from the hidden units, as `grouped` does (SonicMoE,
 arXiv 2512.14080). Results repeat bitwise, whatever the number of threads.
+
+float32, or bfloat16 with products and sums in float32: then the outputs, the gradients and the kept pre-activations are
+rounded, once. Row weights and their gradient are float32 in both.
 """
 
 from typing import Any
@@ -20,17 +23,20 @@ from moesaic.ops.weights import ExpertWeights
 NATIVE_ACTIVATIONS = {"swiglu": 0, "clamped_swiglu": 1}
 """Name to number in csrc/experts.h."""
 
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""What x and the weights may be, to the number in csrc/experts.h."""
+
 _MOST_ROWS = 2**31 - 1
 
 
 def native_experts(x: Tensor, routing: Routing, weights: ExpertWeights, *, instruction_set: str = "") -> Tensor:
-    """x (T, D) -> y (T, D), all float32 on the CPU, any D and F.
+    """x (T, D) -> y (T, D) on the CPU, any D and F. x and the weights are all float32 or all bfloat16, and so is y.
 
     `instruction_set` forces one of `native_instruction_sets()`, for tests; else it is the first of them.
 
     Raises:
-        UsageError: the kernels are not built, this machine lacks that instruction set, or a token or an expert of the
-            routing does not exist.
+        UsageError: the kernels are not built, this machine lacks that instruction set, a token or an expert of the
+            routing does not exist, or a tensor has the wrong type or shape.
     """
     activation = weights.activation
     y_TD, _, _ = torch.ops.moesaic.native_experts(
@@ -68,6 +74,25 @@ def _native() -> Any:
     return module
 
 
+def make_plan(native: Any, token_ids: Tensor, expert_ids: Tensor, num_tokens: int, num_experts: int) -> Tensor:
+    """Which rows each expert computes, and where each token's rows are (csrc/experts.h).
+
+    Raises UsageError for a token or an expert that does not exist.
+    """
+    num_rows = len(token_ids)
+    plan = torch.empty(native.plan_size(num_tokens, num_rows, num_experts), dtype=torch.int32)
+    token_ids, expert_ids = token_ids.contiguous(), expert_ids.contiguous()
+    wrong = native.make_plan(
+        token_ids.data_ptr(), expert_ids.data_ptr(), num_tokens, num_rows, num_experts, plan.data_ptr()
+    )
+    if wrong >= 0:
+        raise UsageError(
+            f"row {wrong} of the routing sends token {int(token_ids[wrong])} to expert {int(expert_ids[wrong])}; "
+            f"there are {num_tokens} tokens and {num_experts} experts"
+        )
+    return plan
+
+
 _INPUTS = "Tensor x, Tensor row_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias"
 _ACTIVATION = "str activation, float limit, float alpha, str instruction_set"
 
@@ -101,21 +126,11 @@ def _forward(
     native = _native()
     sizes = num_tokens, num_rows, num_experts, hidden_size, intermediate_size = _sizes(x, row_weights, down)
     _require_shapes(sizes, x, row_weights, gate_up, down, gate_up_bias, down_bias, token_ids, expert_ids)
-    plan = torch.empty(native.plan_size(num_tokens, num_rows, num_experts), dtype=torch.int32)
-    token_ids, expert_ids = token_ids.contiguous(), expert_ids.contiguous()
-    wrong = native.make_plan(
-        token_ids.data_ptr(), expert_ids.data_ptr(), num_tokens, num_rows, num_experts, plan.data_ptr()
-    )
-    if wrong >= 0:
-        raise UsageError(
-            f"row {wrong} of the routing sends token {int(token_ids[wrong])} to expert {int(expert_ids[wrong])}; "
-            f"there are {num_tokens} tokens and {num_experts} experts"
-        )
+    plan = make_plan(native, token_ids, expert_ids, num_tokens, num_experts)
     inputs = _contiguous(x, row_weights, gate_up, down, gate_up_bias, down_bias)
-    experts = native.Experts(
-        sizes, (NATIVE_ACTIVATIONS[activation], limit, alpha), plan.data_ptr(), _addresses(*inputs)
-    )
-    y_TD, pre_activations_N2F = torch.empty(num_tokens, hidden_size), torch.empty(num_rows, 2 * intermediate_size)
+    numbers = NATIVE_ACTIVATIONS[activation], limit, alpha
+    experts = native.Experts(sizes, NATIVE_DTYPES[x.dtype], numbers, plan.data_ptr(), _addresses(*inputs))
+    y_TD, pre_activations_N2F = x.new_empty(num_tokens, hidden_size), x.new_empty(num_rows, 2 * intermediate_size)
     status = native.experts_forward(
         experts, torch.get_num_threads(), instruction_set, pre_activations_N2F.data_ptr(), y_TD.data_ptr()
     )
@@ -145,6 +160,7 @@ def _backward(
     gradients = _empty_gradients(*inputs)
     experts = native.Experts(
         _sizes(x, row_weights, down),
+        NATIVE_DTYPES[x.dtype],
         (NATIVE_ACTIVATIONS[activation], limit, alpha),
         plan.data_ptr(),
         _addresses(*inputs),
@@ -218,13 +234,15 @@ def _require_shapes(
 ) -> None:
     """The kernels trust what they are given, so nothing wrong may get there."""
     num_tokens, num_rows, num_experts, hidden_size, intermediate_size = sizes
+    if x.dtype not in NATIVE_DTYPES:
+        raise UsageError(f"x is {x.dtype}; the native experts compute in {' or '.join(map(str, NATIVE_DTYPES))}")
     expected = [
-        ("x", x, (num_tokens, hidden_size), torch.float32),
+        ("x", x, (num_tokens, hidden_size), x.dtype),
         ("row_weights", row_weights, (num_rows,), torch.float32),
-        ("gate_up", gate_up, (num_experts, 2 * intermediate_size, hidden_size), torch.float32),
-        ("down", down, (num_experts, hidden_size, intermediate_size), torch.float32),
-        ("gate_up_bias", gate_up_bias, (num_experts, 2 * intermediate_size), torch.float32),
-        ("down_bias", down_bias, (num_experts, hidden_size), torch.float32),
+        ("gate_up", gate_up, (num_experts, 2 * intermediate_size, hidden_size), x.dtype),
+        ("down", down, (num_experts, hidden_size, intermediate_size), x.dtype),
+        ("gate_up_bias", gate_up_bias, (num_experts, 2 * intermediate_size), x.dtype),
+        ("down_bias", down_bias, (num_experts, hidden_size), x.dtype),
         ("token_ids", token_ids, (num_rows,), torch.int64),
         ("expert_ids", expert_ids, (num_rows,), torch.int64),
     ]

@@ -5,19 +5,24 @@ E experts, D hidden size, F expert intermediate size.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moesaic.ops.activation import SWIGLU, Activation
+from moesaic.ops.quantize import PackedWeight, unpack
+
+PLAIN = "plain"
+"""The format of weights that are not packed."""
 
 
 @dataclass(frozen=True)
 class ExpertWeights:
     """Stacked gated experts: e maps x to `down[e] @ activation(gate[e] @ x, up[e] @ x)`, each product plus its bias."""
 
-    gate_up: Tensor
+    gate_up: Tensor | PackedWeight
     """(E, 2F, D): rows 0..F-1 are the gate, rows F..2F-1 the up projection."""
-    down: Tensor
-    """(E, D, F)."""
+    down: Tensor | PackedWeight
+    """(E, D, F); packed when gate_up is."""
     gate_up_bias: Tensor | None = None
     """(E, 2F), in the order of gate_up's rows."""
     down_bias: Tensor | None = None
@@ -26,8 +31,21 @@ class ExpertWeights:
 
     @property
     def num_experts(self) -> int:
-        return self.gate_up.shape[0]
+        return len(self.gate_up.data)
+
+    @property
+    def format(self) -> str:
+        """`plain` or a name in moesaic.ops.quantize.FORMATS."""
+        return self.gate_up.format if isinstance(self.gate_up, PackedWeight) else PLAIN
 
     @property
     def has_bias(self) -> bool:
         return self.gate_up_bias is not None or self.down_bias is not None
+
+    def matrices_of(self, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(2F, D) and (D, F) of one expert; what is packed is unpacked to `dtype`."""
+        gate_up, down = (
+            unpack(stack.of_expert(expert), dtype) if isinstance(stack, PackedWeight) else stack[expert]
+            for stack in (self.gate_up, self.down)
+        )
+        return gate_up, down

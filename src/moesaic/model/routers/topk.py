@@ -6,6 +6,7 @@ These routers are causal: what a token gets depends on it alone, but for a capac
 """
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from moesaic.model.noise import combine, normal
 from moesaic.model.routers.base import LinearRouter
 from moesaic.model.routers.capacity import choose_within_capacity, sequence_capacity
 from moesaic.model.routing_context import RoutingContext
-from moesaic.ops import Choice, Routing
+from moesaic.ops import Choice, Routing, native_step
 
 
 class TopKRouter(LinearRouter):
@@ -75,6 +76,9 @@ class ScoreTopKRouter(TopKRouter):
     in DBRX, and of at least `norm_topk_min` (ERNIE 4.5).
     """
 
+    score_name: ClassVar[str]
+    """What `native_step.route` calls the scores."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         moe = config.moe
@@ -86,6 +90,45 @@ class ScoreTopKRouter(TopKRouter):
         self.n_group = moe.n_group
         self.topk_group = moe.topk_group
         self.group_score = moe.group_score
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        return self._route_natively(x) if self._native_serves(x, context) else super().forward(x, context)
+
+    def _native_serves(self, x: Tensor, context: RoutingContext) -> bool:
+        """Whether one operator may route: few tokens, and nothing unusual."""
+        return (
+            len(x) <= native_step.FEW_TOKENS
+            and native_step.serves(x)
+            and not self.training
+            and context.mask is None
+            and context.replay is None
+            and self.n_group == 1
+            and self.norm_topk_order == 1
+            and not (self.multiplies_bias and self.expert_bias is not None)
+            and self.weight.dtype == torch.float32
+        )
+
+    def _route_natively(self, x: Tensor) -> Routing:
+        logits_TE, ids_TK, weights_TK = native_step.route(
+            x,
+            self.weight,
+            self.top_k,
+            scores=self.score_name,
+            bias=None if self.bias is None else self.bias.float(),
+            selection_bias=self.expert_bias,
+            normalise=self.norm_topk_prob,
+            least_sum=self.norm_topk_min,
+            scaling=self.routed_scaling_factor,
+        )
+        choice = Choice.of_topk(ids_TK)
+        return Routing(
+            token_ids=choice.token_ids,
+            expert_ids=choice.expert_ids,
+            weights=weights_TK.flatten(),
+            logits=logits_TE,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+        )
 
     def selection(self, logits: Tensor, context: RoutingContext) -> Tensor:
         selection_TE = self.scores(logits)
@@ -114,6 +157,8 @@ class SoftmaxTopKRouter(ScoreTopKRouter):
     DeepSeek-V2 (arXiv 2405.04434) limits the choice to groups, ERNIE 4.5 adds a selection bias.
     """
 
+    score_name = "softmax"
+
     def scores(self, logits: Tensor) -> Tensor:
         return logits.softmax(-1)
 
@@ -123,6 +168,8 @@ class SigmoidTopKRouter(ScoreTopKRouter):
 
     DeepSeek-V3 (arXiv 2412.19437), with the loss-free balancing of arXiv 2408.15664; GLM-4, MiniMax-M2.
     """
+
+    score_name = "sigmoid"
 
     def scores(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()

@@ -1,0 +1,187 @@
+// Packed experts and linear layers: cuts the work into tasks, gives them to the threads, keeps their memory.
+#include "packed.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "cpu_features.h"
+#include "packed_kernels.h"
+#include "work_memory.h"
+
+namespace {
+
+// Hidden units of a task of the first product.
+constexpr int64_t hidden_of_task = 128;
+// Columns of a task elsewhere: about this many tasks per thread, and at most so many columns.
+constexpr int64_t tasks_per_thread = 8;
+constexpr int64_t most_columns_of_task = 256;
+// Records of fewer numbers are made by the calling thread alone.
+constexpr int64_t numbers_worth_a_thread = 32 * 1024;
+constexpr int64_t rows_of_rounding_task = 16;
+// Memory kept between calls for the records of one call, at most.
+constexpr int64_t kept_bytes = 32 << 20;
+
+// Those that run here, the best first.
+const std::vector<const PackedKernels*>& usable_kernels() {
+  static const std::vector<const PackedKernels*> usable = [] {
+    std::vector<const PackedKernels*> found;
+    if (moesaic_packed_kernels_avx512_vnni() && moesaic_cpu_reaches("avx512_vnni")) {
+      found.push_back(moesaic_packed_kernels_avx512_vnni());
+    }
+    if (moesaic_packed_kernels_avx2() && moesaic_cpu_reaches("avx2")) found.push_back(moesaic_packed_kernels_avx2());
+    found.push_back(moesaic_packed_kernels_portable());
+    return found;
+  }();
+  return usable;
+}
+
+const PackedKernels* kernels_named(const char* name) {
+  for (const PackedKernels* one : usable_kernels()) {
+    if (!name || !*name || !std::strcmp(one->name, name)) return one;
+  }
+  return nullptr;
+}
+
+bool known_format(const moesaic_packed& w) {
+  return (w.group_size == 32 || w.group_size == 64) && (w.bits == 8 || (w.bits == 4 && w.table));
+}
+
+// Records that live as long as a call.
+class Records {
+ public:
+  explicit Records(int64_t bytes) : own_(temporary(0)) {
+    thread_local Buffer kept;
+    const int64_t floats = bytes / int64_t(sizeof(float)) + 1;  // at least one, so that NULL means there is no memory
+    if (bytes > kept_bytes) {
+      own_ = temporary(floats);
+      data_ = own_.get();
+    } else {
+      data_ = kept.room_for(floats);
+    }
+  }
+  uint8_t* get() const { return reinterpret_cast<uint8_t*>(data_); }
+
+ private:
+  std::unique_ptr<float[], void (*)(void*)> own_;
+  float* data_;
+};
+
+void round_rows(const PackedKernels& kernels, const float* x, int64_t rows, int64_t columns, int64_t group_size,
+                int threads, uint8_t* records) {
+  const int64_t bytes = record_bytes(columns, group_size);
+  const Parts tasks(rows, rows_of_rounding_task);
+  parallel(rows * columns < numbers_worth_a_thread ? 1 : threads, tasks.number, [&](int64_t task, int) {
+    for (int64_t i = tasks.start(task); i < tasks.start(task + 1); ++i) {
+      kernels.round_row(x + i * columns, columns, group_size, records + i * bytes);
+    }
+  });
+}
+
+// Columns in parts that start at multiples of two panels.
+int64_t columns_of_task(int64_t columns, int threads) {
+  const int64_t part = round_up(divide_up(columns, tasks_per_thread * std::max(threads, 1)), 2 * panel_outputs);
+  return std::min(std::max<int64_t>(part, 2 * panel_outputs), most_columns_of_task);
+}
+
+// Runs task(index, scratch) for each index; whether there was memory for all of them.
+template <class Task>
+bool parallel_with_scratch(int threads, int64_t num_tasks, int64_t scratch_size, const Task& task) {
+  std::atomic<bool> complete{true};
+  parallel(threads, num_tasks, [&](int64_t index, int) {
+    float* const scratch = scratch_of_thread.room_for(scratch_size);
+    if (scratch) {
+      task(index, scratch);
+    } else {
+      complete = false;
+    }
+  });
+  return complete;
+}
+
+std::vector<RowRange> chunks_of(const moesaic_packed_experts& experts) {
+  std::vector<RowRange> chunks;
+  for (int64_t e = 0; e < experts.num_experts; ++e) {
+    const int64_t first = experts.plan.expert_offsets[e];
+    const Parts parts(experts.plan.expert_offsets[e + 1] - first, most_packed_rows);
+    for (int64_t c = 0; c < parts.number; ++c) chunks.push_back({e, first + parts.start(c), parts.size(c)});
+  }
+  return chunks;
+}
+
+}  // namespace
+
+extern "C" const char* const* moesaic_packed_kernels(void) {
+  static const std::vector<const char*> names = [] {
+    std::vector<const char*> found;
+    for (const PackedKernels* one : usable_kernels()) found.push_back(one->name);
+    found.push_back(nullptr);
+    return found;
+  }();
+  return names.data();
+}
+
+extern "C" int64_t moesaic_packed_bytes(int64_t rows, int64_t columns, int64_t group_size, int64_t bits) {
+  return divide_up(rows, panel_outputs) * divide_up(columns, group_size) * block_bytes(group_size, bits);
+}
+
+extern "C" int moesaic_packed_experts_forward(const moesaic_packed_experts* experts, int threads,
+                                              const char* instruction_set, float* y) try {
+  const int64_t T = experts->num_tokens, D = experts->hidden_size, F = experts->intermediate_size;
+  const moesaic_packed &gate_up = experts->gate_up, &down = experts->down;
+  const PackedKernels* kernels = kernels_named(instruction_set);
+  if (!kernels) return -1;
+  if (!known_format(gate_up) || !known_format(down) || gate_up.rows != 2 * F || gate_up.columns != D ||
+      down.rows != D || down.columns != F) {
+    return -3;
+  }
+  const std::vector<RowRange> chunks = chunks_of(*experts);
+  const int64_t x_bytes = T * record_bytes(D, gate_up.group_size);
+  const Records records(x_bytes + experts->num_rows * record_bytes(F, down.group_size));
+  if (!records.get()) return -2;
+  uint8_t* const hidden = records.get() + x_bytes;
+  round_rows(*kernels, experts->x, T, D, gate_up.group_size, threads, records.get());
+
+  const int64_t parts = divide_up(F, hidden_of_task);
+  const auto first_product = [&](int64_t index, float* scratch) {
+    const int64_t first = index % parts * hidden_of_task;
+    const ColumnRange columns{first, std::min(hidden_of_task, F - first)};
+    kernels->hidden(*experts, chunks[size_t(index / parts)], columns, records.get(), hidden, scratch);
+  };
+  if (!parallel_with_scratch(threads, int64_t(chunks.size()) * parts, kernels->scratch_size, first_product)) return -2;
+
+  const int64_t width = columns_of_task(D, threads);
+  const auto second_product = [&](int64_t index, float* scratch) {
+    const ColumnRange columns{index * width, std::min(width, D - index * width)};
+    for (int64_t t = 0; t < T; ++t) std::memset(y + t * D + columns.first, 0, size_t(columns.count) * sizeof(float));
+    for (const RowRange& rows : chunks) kernels->add_outputs(*experts, rows, columns, hidden, y, scratch);
+  };
+  return parallel_with_scratch(threads, divide_up(D, width), kernels->scratch_size, second_product) ? 0 : -2;
+} catch (const std::bad_alloc&) {
+  return -2;
+}
+
+extern "C" int moesaic_packed_linear(const moesaic_packed* weight, const float* bias, const float* x, int64_t num_tokens,
+                                     int threads, const char* instruction_set, float* y) try {
+  const PackedKernels* kernels = kernels_named(instruction_set);
+  if (!kernels) return -1;
+  if (!known_format(*weight)) return -3;
+  const int64_t K = weight->columns;
+  const Records records(num_tokens * record_bytes(K, weight->group_size));
+  if (!records.get()) return -2;
+  round_rows(*kernels, x, num_tokens, K, weight->group_size, threads, records.get());
+  const Parts chunks(num_tokens, most_packed_rows);
+  const int64_t width = columns_of_task(weight->rows, threads);
+  const int64_t num_tasks = chunks.number * divide_up(weight->rows, width);
+  const auto product = [&](int64_t index, float* scratch) {
+    const int64_t chunk = index % chunks.number, first = index / chunks.number * width;
+    const RowRange tokens{0, chunks.start(chunk), chunks.size(chunk)};
+    const ColumnRange columns{first, std::min(width, weight->rows - first)};
+    kernels->linear(*weight, bias, tokens, columns, records.get(), y, scratch);
+  };
+  return parallel_with_scratch(threads, num_tasks, kernels->scratch_size, product) ? 0 : -2;
+} catch (const std::bad_alloc&) {
+  return -2;
+}

@@ -1,0 +1,27 @@
+// What each instruction set implements of the operators in step.h: one task each. Internal to csrc/.
+#pragma once
+
+#include "step.h"
+
+struct StepKernels {
+  const char* name;
+
+  void (*rms_norm)(const float* x, const float* weight, int64_t size, float eps, float* y);
+
+  // One key-value head of one sequence. `scratch` has room for scratch_of_attend().
+  void (*attend)(const moesaic_attention_step& step, int64_t sequence, int64_t head, float* scratch, float* y);
+
+  // Tokens first .. last - 1. `scratch` has room for E floats.
+  void (*route)(const moesaic_router_step& step, int64_t first, int64_t last, float* scratch, float* logits,
+                int64_t* expert_ids, float* weights);
+};
+
+namespace {
+// Floats: a query and its scores.
+constexpr int64_t scratch_of_attend(const moesaic_attention_step& step) { return step.head_dim + step.num_keys; }
+}  // namespace
+
+// NULL where the compiler could not build them; whether the CPU can run them is another question.
+const StepKernels* moesaic_step_kernels_avx512();
+const StepKernels* moesaic_step_kernels_avx2();
+const StepKernels* moesaic_step_kernels_portable();

@@ -1,0 +1,117 @@
+// The small operators of every instruction set on arrays of exactly their sizes, to be built with sanitizers. Their numbers
+// are held against torch elsewhere; here all instruction sets and numbers of threads must agree. The first argument seeds
+// the random sizes and numbers. Prints what is wrong and exits with 1.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "step.h"
+
+namespace {
+
+std::mt19937 random_bits;
+int failures = 0;
+
+int64_t below(int64_t count) { return int64_t(random_bits() % uint64_t(count)); }
+
+std::vector<float> numbers(int64_t count) {
+  std::normal_distribution<float> normal;
+  std::vector<float> drawn(static_cast<size_t>(count));
+  for (float& one : drawn) one = normal(random_bits);
+  return drawn;
+}
+
+using Results = std::vector<std::vector<float>>;
+
+// Calls compute(instruction set, threads) for all that this machine runs and compares what it returns; no results mean
+// that the set is missing.
+template <class Compute>
+void agree(const std::string& what, double tolerance, const Compute& compute) {
+  const Results expected = compute("portable", 1);
+  for (const char* set : {"avx512f", "avx2", "portable"}) {
+    const Results alone = compute(set, 1);
+    if (alone.empty()) continue;
+    bool close = true;
+    for (size_t i = 0; i < expected.size(); ++i) {
+      for (size_t j = 0; j < expected[i].size(); ++j) {
+        close &= std::abs(double(alone[i][j]) - expected[i][j]) <= tolerance * (1 + std::abs(expected[i][j]));
+      }
+    }
+    if (!close || compute(set, 3) != alone) {
+      ++failures;
+      std::printf("wrong: %s with %s: %s\n", what.c_str(), set, close ? "the threads decide" : "other numbers");
+    }
+  }
+}
+
+void test_rms_norm() {
+  const int64_t rows = below(2000), size = 1 + below(200);
+  const std::vector<float> x = numbers(rows * size), weight = numbers(size);
+  const bool weighted = below(2);
+  agree("rms_norm", 1e-5, [&](const char* set, int threads) -> Results {
+    std::vector<float> y(x.size());
+    if (moesaic_rms_norm(x.data(), weighted ? weight.data() : nullptr, rows, size, 1e-5f, threads, set, y.data())) return {};
+    return {y};
+  });
+}
+
+void test_attend() {
+  moesaic_attention_step step{};
+  const int64_t B = 1 + below(3), L = 1 + below(4), S = L + below(150), G = 1 + below(3), H = G * (1 + below(3));
+  const int64_t d = 2 + 2 * below(80), capacity = S + below(3);
+  step.batch_size = B, step.num_new = L, step.num_keys = S, step.num_heads = H, step.num_key_value_heads = G;
+  step.head_dim = d, step.cache_capacity = capacity, step.scale = 0.2f, step.norm_eps = 1e-6f;
+  step.qk_norm = int32_t(below(3)), step.interleaved = int32_t(below(2)), step.rotary_dim = 2 * below(d / 2 + 1);
+  const bool by_width = step.qk_norm == MOESAIC_QK_NORM_WIDTH;
+  const auto query = numbers(B * L * H * d), key = numbers(B * L * G * d), value = numbers(B * L * G * d);
+  const auto query_norm = numbers(by_width ? H * d : d), key_norm = numbers(by_width ? G * d : d);
+  const auto cosine = numbers(B * L * step.rotary_dim), sine = numbers(B * L * step.rotary_dim), sinks = numbers(H);
+  const auto keys = numbers(B * G * capacity * d), values = numbers(B * G * capacity * d);
+  const bool shared_mask = below(2);
+  std::vector<uint8_t> mask(static_cast<size_t>((shared_mask ? 1 : B) * L * S));
+  for (size_t i = 0; i < mask.size(); ++i) mask[i] = below(3) > 0 || (i + 1) % size_t(S) == 0;
+  step.query = query.data(), step.key = key.data(), step.value = value.data();
+  step.query_norm = query_norm.data(), step.key_norm = key_norm.data();
+  step.cosine = cosine.data(), step.sine = sine.data();
+  step.mask = mask.data(), step.mask_stride = shared_mask ? 0 : L * S;
+  step.sinks = below(2) ? sinks.data() : nullptr;
+  agree("attend", 1e-4, [&](const char* set, int threads) -> Results {
+    std::vector<float> cached_keys = keys, cached_values = values, y(query.size());
+    step.keys = cached_keys.data(), step.values = cached_values.data();
+    if (moesaic_attend(&step, threads, set, y.data())) return {};
+    return {y, cached_keys, cached_values};
+  });
+}
+
+void test_route() {
+  moesaic_router_step step{};
+  const int64_t T = below(20), D = 1 + below(600), E = 1 + below(100), K = 1 + below(E);
+  const auto x = numbers(T * D), weight = numbers(E * D), bias = numbers(E);
+  step.num_tokens = T, step.hidden_size = D, step.num_experts = E, step.top_k = K;
+  step.scores = int32_t(below(2)), step.normalise = int32_t(below(2)), step.least_sum = 1e-9f, step.scaling = 2.0f;
+  step.x = x.data(), step.weight = weight.data();
+  step.bias = below(2) ? bias.data() : nullptr, step.selection_bias = below(2) ? bias.data() : nullptr;
+  agree("route", 1e-3, [&](const char* set, int threads) -> Results {
+    std::vector<float> logits(static_cast<size_t>(T * E)), weights(static_cast<size_t>(T * K));
+    std::vector<int64_t> ids(weights.size());
+    if (moesaic_route(&step, threads, set, logits.data(), ids.data(), weights.data())) return {};
+    for (const int64_t id : ids) failures += id < 0 || id >= E;
+    return {logits};  // near ties may order the experts otherwise
+  });
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  random_bits.seed(uint32_t(count > 1 ? std::atoll(arguments[1]) : 0));
+  const int cases = count > 2 ? std::atoi(arguments[2]) : 20;
+  for (int i = 0; i < cases; ++i) {
+    test_rms_norm();
+    test_attend();
+    test_route();
+  }
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,72 @@
+// Memory and threads of the files that cut work into tasks. Internal to csrc/, and only for files that are compiled for
+// every machine: what is inline here must not carry instructions that some lack.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#include "thread_pool.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+// Memory that is kept from call to call, so that it need not be faulted in again.
+class Buffer {
+ public:
+  // NULL when there is no memory.
+  float* room_for(int64_t floats) {
+    if (floats > capacity_) {
+      constexpr size_t page = 2 << 20;
+      const size_t bytes = (size_t(floats) * sizeof(float) + page - 1) / page * page;
+      data_.reset(static_cast<float*>(allocate(bytes)));
+      capacity_ = data_ ? int64_t(bytes / sizeof(float)) : 0;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* data) const {
+#if defined(_WIN32)
+      _aligned_free(data);
+#else
+      std::free(data);
+#endif
+    }
+  };
+
+  static void* allocate(size_t bytes) {
+#if defined(_WIN32)
+    return _aligned_malloc(bytes, 2 << 20);
+#else
+    void* data = nullptr;
+    if (posix_memalign(&data, 2 << 20, bytes)) return nullptr;
+#if defined(__linux__)
+    madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+    return data;
+#endif
+  }
+
+  std::unique_ptr<float, Free> data_;
+  int64_t capacity_ = 0;
+};
+
+// Of the tasks that a thread runs, one after another.
+inline thread_local Buffer scratch_of_thread;
+
+template <class Task>
+void parallel(int threads, int64_t num_tasks, const Task& task) {
+  moesaic_parallel(
+      threads, num_tasks,
+      [](void* data, int64_t index, int worker) { (*static_cast<const Task*>(data))(index, worker); },
+      const_cast<Task*>(&task));
+}
+
+// Memory of one call, or NULL.
+inline std::unique_ptr<float[], void (*)(void*)> temporary(int64_t floats) {
+  return {static_cast<float*>(std::malloc(size_t(std::max<int64_t>(floats, 1)) * sizeof(float))), std::free};
+}

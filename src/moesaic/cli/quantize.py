@@ -1,0 +1,89 @@
+"""`moesaic quantize`: a model's weights in 8 or 4 bits."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.table import Table
+
+from moesaic.cli.options import progress_bars, this_command
+
+if TYPE_CHECKING:
+    from moesaic.checkpoint.quantize import Quantized
+
+NAMES = {"lm_head": "head", "mlp": "feed-forwards", "shared_experts": "shared experts"}
+
+
+def quantize(
+    model: str,
+    out: Path,
+    /,
+    *,
+    scheme: Literal["int8", "int4", "mxfp4"],
+    group_size: Literal[32, 64] = 32,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    offline: Annotated[bool, Parameter(negative="")] = False,
+    revision: str | None = None,
+) -> None:
+    """Write MODEL with packed weights, for inference: a directory that takes MODEL's place in every command.
+
+    Embeddings, norms and routers stay as they are.
+
+    Parameters
+    ----------
+    model
+        A run directory, a Hugging Face directory, or a hub id.
+    out
+        The directory to make; it must not hold anything yet.
+    scheme
+        int8: 8 bits for all matrices. int4: 4 bits for the experts (in a dense model, for the feed-forwards), 8 for the
+        rest. mxfp4: experts that were published so, without loss.
+    group_size
+        Weights that share a factor; with 64 the model is a little smaller and less exact.
+    dtype
+        Type of what stays as it is; auto keeps what is stored.
+    offline
+        Take a model of the hub from the local cache, and ask nobody.
+    revision
+        Branch, tag or commit of a model on the hub.
+    """
+    # Imported late: a mistyped flag should not wait for torch.
+    from moesaic.checkpoint.quantize import quantize as write_quantized
+
+    console = Console()
+    with progress_bars(console) as progress:
+        made = write_quantized(
+            model, out, scheme, group_size=group_size, dtype=dtype, offline=offline, revision=revision,
+            progress=progress,
+        )  # fmt: skip
+    _print(console, made, out)
+
+
+def _print(console: Console, made: "Quantized", out: Path) -> None:
+    dtype = str(made.dtype).removeprefix("torch.")
+    console.print(
+        f"wrote {out} as {made.quantization.scheme}: {_size(made.plain_nbytes)} in {dtype} -> {_size(made.nbytes)}",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    table = Table("", "format", "weights", "bits per weight", "relative error", box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for name, kind in made.kinds.items():
+        bits = f"{8 * kind.nbytes / kind.weights:.2f}"
+        table.add_row(NAMES.get(name, name), kind.format, f"{kind.weights:,}", bits, f"{kind.relative_error:.2%}")
+    table.add_row("the rest", dtype, f"{made.plain_weights:,}", str(8 * made.dtype.itemsize), "0.00%")
+    console.print(table)
+    console.print(
+        f"{made.packed_share:.1%} of the bytes were packed; {8 * made.nbytes / made.weights:.2f} bits per weight\n"
+        f"  {this_command()} generate {shlex.quote(str(out))} --prompt 'def '",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _size(nbytes: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes / 1000:.1f} kB"

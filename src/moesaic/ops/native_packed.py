@@ -1,0 +1,251 @@
+"""Products with packed weights by the C++ kernels of csrc/, as operators for torch.compile; no gradients.
+
+The kernels round what they multiply, each row in groups of G numbers, to whole multiples of the group's largest / 127.
+Where they are not built, and on other devices, the weights are unpacked a part at a time and torch multiplies; then
+nothing is rounded.
+
+T tokens, N assignments, E experts, D hidden size, F expert intermediate size, G inputs of a group.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moesaic.errors import UsageError
+from moesaic.ops.activation import Activation
+from moesaic.ops.instruction_set import native_module
+from moesaic.ops.native import NATIVE_ACTIVATIONS, make_plan
+from moesaic.ops.quantize import FORMATS, PANEL, PackedWeight, packed_shape, table_bytes, unpack
+from moesaic.ops.reference import reference_experts
+from moesaic.ops.routing import Routing
+from moesaic.ops.weights import ExpertWeights
+
+PACKED_DTYPES = frozenset({torch.float32, torch.bfloat16})
+"""Of the inputs that the kernels take."""
+UNPACKED_TOGETHER = 2**22
+"""Numbers of a matrix, where there are no kernels."""
+
+
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, instruction_set: str = "") -> Tensor:
+    """x (..., K) -> (..., N) in x's dtype; `bias` (N,). `instruction_set` as for `packed_experts`."""
+    run = _linear if _is_plain_call(x) else torch.ops.moesaic.packed_linear
+    x_TK = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    y_TN = run(x_TK, weight.data, bias, weight.rows, weight.format, weight.group_size, instruction_set)
+    return y_TN if x.ndim == 2 else y_TN.view(*x.shape[:-1], weight.rows)
+
+
+def packed_experts(x: Tensor, routing: Routing, weights: ExpertWeights, *, instruction_set: str = "") -> Tensor:
+    """x (T, D) -> y (T, D) in x's dtype, of packed weights.
+
+    `instruction_set` forces one of `packed_instruction_sets()`, for tests; else it is the first of them.
+
+    Raises:
+        UsageError: the weights are not packed, the machine lacks that instruction set, a row of the routing names a
+            token or an expert that does not exist, or, in the backward pass, that there are no gradients.
+    """
+    gate_up, down, activation = weights.gate_up, weights.down, weights.activation
+    if not isinstance(gate_up, PackedWeight) or not isinstance(down, PackedWeight):
+        raise UsageError("the backend packed computes packed weights; use native, grouped or reference for plain ones")
+    run = _experts if _is_plain_call(x) else torch.ops.moesaic.packed_experts
+    return run(
+        x,
+        routing.weights,
+        gate_up.data,
+        down.data,
+        weights.gate_up_bias,
+        weights.down_bias,
+        routing.token_ids,
+        routing.expert_ids,
+        down.columns,
+        [gate_up.format, down.format],
+        [gate_up.group_size, down.group_size],
+        activation.name,
+        activation.limit,
+        activation.alpha,
+        instruction_set,
+    )
+
+
+def packed_instruction_sets() -> list[str]:
+    """Those that the kernels are built for and this machine runs, the best first; none when they are not built."""
+    native = _native()
+    return [] if native is None else native.packed_kernels()
+
+
+torch.library.define(
+    "moesaic::packed_linear",
+    "(Tensor x, Tensor data, Tensor? bias, int rows, str format, int group_size, str instruction_set) -> Tensor",
+)
+torch.library.define(
+    "moesaic::packed_experts",
+    "(Tensor x, Tensor row_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias,"
+    " Tensor token_ids, Tensor expert_ids, int intermediate_size, str[] formats, int[] group_sizes,"
+    " str activation, float limit, float alpha, str instruction_set) -> Tensor",
+)
+
+
+def _linear(
+    x: Tensor, data: Tensor, bias: Tensor | None, rows: int, format: str, group_size: int, instruction_set: str
+) -> Tensor:
+    weight = PackedWeight(data, rows, x.shape[1], format, group_size)
+    _require_packed("weight", weight)
+    _require_shapes(("x", x, (len(x), weight.columns)), ("bias", bias, (rows,)))
+    native = _kernels_for(x, instruction_set)
+    if native is None:
+        return _unpacked_linear(x, weight, bias)
+    inputs, y_TN = _float32(x, bias), torch.empty(len(x), rows)
+    status = native.packed_linear(
+        _described(weight),
+        _address(inputs[1]),
+        _address(inputs[0]),
+        len(x),
+        torch.get_num_threads(),
+        instruction_set,
+        y_TN.data_ptr(),
+    )
+    _raise_for(status, instruction_set)
+    return y_TN.to(x.dtype)
+
+
+def _experts(
+    x: Tensor,
+    row_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    token_ids: Tensor,
+    expert_ids: Tensor,
+    intermediate_size: int,
+    formats: list[str],
+    group_sizes: list[int],
+    activation: str,
+    limit: float,
+    alpha: float,
+    instruction_set: str,
+) -> Tensor:
+    (num_tokens, hidden_size), num_rows, num_experts = x.shape, len(row_weights), len(down)
+    first = PackedWeight(gate_up, 2 * intermediate_size, hidden_size, formats[0], group_sizes[0])
+    second = PackedWeight(down, hidden_size, intermediate_size, formats[1], group_sizes[1])
+    _require_packed("gate_up", first, num_experts)
+    _require_packed("down", second, num_experts)
+    _require_shapes(
+        ("gate_up_bias", gate_up_bias, (num_experts, 2 * intermediate_size)),
+        ("down_bias", down_bias, (num_experts, hidden_size)),
+        ("token_ids", token_ids, (num_rows,)),
+        ("expert_ids", expert_ids, (num_rows,)),
+    )
+    native = _kernels_for(x, instruction_set)
+    if native is None:
+        weights = ExpertWeights(first, second, gate_up_bias, down_bias, Activation(activation, limit, alpha))
+        nothing = row_weights.new_zeros(()).expand(num_tokens, num_experts)
+        routing = Routing(token_ids, expert_ids, row_weights, nothing, num_experts, top_k=None)
+        return reference_experts(x, routing, weights)
+    plan = make_plan(native, token_ids.long(), expert_ids.long(), num_tokens, num_experts)
+    inputs, y_TD = _float32(x, row_weights, gate_up_bias, down_bias), torch.empty(num_tokens, hidden_size)
+    status = native.packed_experts_forward(
+        (num_tokens, num_rows, num_experts, hidden_size, intermediate_size),
+        (NATIVE_ACTIVATIONS[activation], limit, alpha),
+        plan.data_ptr(),
+        tuple(map(_address, inputs)),
+        _described(first),
+        _described(second),
+        torch.get_num_threads(),
+        instruction_set,
+        y_TD.data_ptr(),
+    )
+    _raise_for(status, instruction_set)
+    return y_TD.to(x.dtype)
+
+
+@torch.library.register_fake("moesaic::packed_linear")
+def _fake_linear(x: Tensor, data: Tensor, bias: Tensor | None, rows: int, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+@torch.library.register_fake("moesaic::packed_experts")
+def _fake_experts(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _refuse_gradients(ctx: Any, *_: Any) -> None:
+    raise UsageError("packed weights are for inference and give no gradients; load the model without quantization")
+
+
+for _name, _run in (("packed_linear", _linear), ("packed_experts", _experts)):
+    torch.library.impl(f"moesaic::{_name}", "default", _run)
+    torch.library.register_autograd(f"moesaic::{_name}", _refuse_gradients)
+
+
+def _unpacked_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    y_TN = x.new_empty(len(x), weight.rows)
+    step = max(1, UNPACKED_TOGETHER // (PANEL * max(weight.columns, 1)))
+    for first in range(0, len(weight.data), step):
+        rows = slice(first * PANEL, min((first + step) * PANEL, weight.rows))
+        data = weight.data[first : first + step]
+        part = PackedWeight(data, rows.stop - rows.start, weight.columns, weight.format, weight.group_size)
+        y_TN[:, rows] = functional.linear(x, unpack(part, x.dtype), None if bias is None else bias[rows].to(x.dtype))
+    return y_TN
+
+
+def _is_plain_call(x: Tensor) -> bool:
+    """Whether nobody traces or differentiates: then the way through torch's dispatcher, which takes as long as a small
+    product does, is left out."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor
+
+
+def _native() -> Any:
+    """The native module, where it has these kernels."""
+    native = native_module()
+    return native if hasattr(native, "packed_linear") else None
+
+
+def _kernels_for(x: Tensor, instruction_set: str) -> Any:
+    """The native module, or None where torch has to do it. Raises UsageError where an instruction set was asked for."""
+    native = _native() if x.device.type == "cpu" and x.dtype in PACKED_DTYPES else None
+    if native is None and instruction_set:
+        raise UsageError(f"no native kernels for packed weights and {x.dtype} on {x.device} here; see `moesaic doctor`")
+    return native
+
+
+def _described(weight: PackedWeight) -> tuple[int, int, int, int, bytes, int]:
+    bits = FORMATS[weight.format].bits
+    return weight.rows, weight.columns, weight.group_size, bits, table_bytes(weight.format), weight.data.data_ptr()
+
+
+def _require_packed(name: str, weight: PackedWeight, *leading: int) -> None:
+    """The kernels trust what they are given, so nothing wrong may get there."""
+    expected = (*leading, *packed_shape(weight.rows, weight.columns, weight.format, weight.group_size))
+    data = weight.data
+    if tuple(data.shape) != expected or data.dtype != torch.uint8 or not data.is_contiguous():
+        raise UsageError(
+            f"{name} is {data.dtype} {tuple(data.shape)}; {weight.format} packed, ({weight.rows}, {weight.columns}) "
+            f"needs contiguous torch.uint8 {expected}"
+        )
+
+
+def _require_shapes(*tensors: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    for name, tensor, shape in tensors:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise UsageError(f"{name} has shape {tuple(tensor.shape)}; the packed weights need {shape}")
+
+
+def _float32(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.float().contiguous() for tensor in tensors)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _raise_for(status: int, instruction_set: str) -> None:
+    if status == -1:
+        raise UsageError(
+            f"no native kernels for '{instruction_set}' here; choose {', '.join(packed_instruction_sets())}"
+        )
+    if status == -2:
+        raise MemoryError("not enough memory for the buffers of the packed weights")
+    if status:
+        raise UsageError("the native kernels do not know such packed weights; build them again")
