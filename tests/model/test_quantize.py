@@ -191,7 +191,7 @@ def test_which_weights_are_packed() -> None:
 
 def test_a_dense_model_takes_four_bits_where_its_weights_are() -> None:
     formats = make_quantization("int4", CONFIGS["dense"]).formats
-    assert formats == {"mlp": "int4", "attention": "int8", "lm_head": "int8"}
+    assert formats == {"mlp": "int4", "attention": "int8", "lm_head": "int4"}
     assert make_quantization("int4", CONFIGS["qwen3_moe"]).formats["mlp"] == "int8"
     with pytest.raises(UsageError, match="mxfp4 packs experts, and this model has none"):
         make_quantization("mxfp4", CONFIGS["dense"])

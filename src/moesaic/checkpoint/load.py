@@ -41,7 +41,8 @@ def load(
     Args:
         dtype: `float32` or `bfloat16`, by name or as torch's; `auto` is float32 for a run and what config.json says for
             a Hugging Face directory, or, where it says nothing, what the weights are stored as (float16 is read as
-            float32). Routers keep float32 weights when they are stored so.
+            float32). Routers keep float32 weights when they are stored so. Of a quantised model on a CPU `auto` keeps
+            in float32 what is not packed: it is little, and the small operators are faster so.
         device: `auto` is cuda where there is one.
         quantization: packs the weights while they are read: `int8`, `int4`, or `mxfp4` for experts published so
             (moesaic.model.quantize.SCHEMES). A quantised directory needs none. The model is then for inference.
@@ -110,7 +111,8 @@ def _load_hf(
 ) -> Transformer:
     with HFDirectory(source.directory) as stored:
         model = empty_model(stored.config, backend)
-        wanted = dtype or stored.dtype
+        packed = scheme is not None or stored.quantization is not None
+        wanted = dtype or (torch.float32 if packed and device.type == "cpu" else stored.dtype)
         if stored.quantization is not None:
             if scheme not in (None, stored.quantization.scheme):
                 raise UsageError(
@@ -139,10 +141,14 @@ def _pack_while_reading(
     stored.require_memory(model.state_dict(), dtype, device)
 
     def read(names: Sequence[str]) -> dict[str, Tensor]:
-        return stored.read({name: like[name] for name in names}, dtype, device)
+        return stored.read({name: like[name] for name in names}, stored.dtype, device)
 
     reader = PackingReader(model, read, stored.joined)
-    return {name: reader.tensor(name) for name in model.state_dict()}
+
+    def final(name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(final_dtype(name, tensor.dtype, dtype)) if tensor.is_floating_point() else tensor
+
+    return {name: final(name, reader.tensor(name)) for name in model.state_dict()}
 
 
 def empty_model(config: ModelConfig, backend: str = "auto") -> Transformer:

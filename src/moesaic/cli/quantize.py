@@ -38,8 +38,8 @@ def quantize(
     out
         The directory to make; it must not hold anything yet.
     scheme
-        int8: 8 bits for all matrices. int4: 4 bits for the experts (in a dense model, for the feed-forwards), 8 for the
-        rest. mxfp4: experts that were published so, without loss.
+        int8: 8 bits for all matrices. int4: 4 bits for the experts (in a dense model, for the feed-forwards) and for
+        the head, 8 for the rest. mxfp4: experts that were published so, without loss.
     group_size
         Weights that share a factor; with 64 the model is a little smaller and less exact.
     dtype
