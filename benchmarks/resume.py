@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import ROOT, Row, note, run_benchmark
 
-STEPS = 400
+STEPS = 800
 CONFIG = """
 steps = {steps}
 batch_size = 4
