@@ -22,8 +22,13 @@ def doctor(*, json_output: JsonFlag = False) -> None:
 
     from moesaic.ops import BACKENDS, ExpertShape, pick, refusal
     from moesaic.ops.device import device_name, measured_matmul_peak, resolve_device
-    from moesaic.ops.instruction_set import cpu_features, expert_kernels_status, instruction_set, native_status
-    from moesaic.ops.native_packed import packed_instruction_sets
+    from moesaic.ops.instruction_set import (
+        cpu_features,
+        expert_kernels_status,
+        instruction_set,
+        native_status,
+        packed_kernels_status,
+    )
 
     device = resolve_device("auto")
     shape = ExpertShape(hidden_size=1024, moe_intermediate_size=512, device=device.type, dtype=torch.float32)
@@ -37,7 +42,7 @@ def doctor(*, json_output: JsonFlag = False) -> None:
         "instruction_set": instruction_set(),
         "native_kernels": native_status(),
         "expert_kernels": expert_kernels_status(),
-        "packed_kernels": next(iter(packed_instruction_sets()), "none: torch computes with unpacked weights"),
+        "packed_kernels": packed_kernels_status(),
         "device": device_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -27,7 +27,7 @@ class ModelOptions:
     """How a model is loaded."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    "Type of the weights; auto keeps what is stored."
+    "Type of the weights; auto keeps what is stored, and on a CPU float32 beside packed weights."
     device: str = "auto"
     "auto, cpu, cuda or cuda:N."
     quantization: Literal["int8", "int4", "mxfp4"] | None = None

@@ -131,12 +131,14 @@ class Transformer(nn.Module):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """In evaluation mode, and back to what it was: a model in training would draw noise and drop tokens."""
-        was_training = self.training
+        if not self.training:  # setting it again visits every module, and decoding asks for each token
+            yield
+            return
         self.eval()
         try:
             yield
         finally:
-            self.train(was_training)
+            self.train()
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x_BLD = self.embed_tokens(tokens)
