@@ -171,7 +171,8 @@ def _measure_format(
     """All works of one format, its sides alive together."""
     kind, threads = FORMATS[name], arguments.threads
     capacity = max(arguments.prefill, PROMPT_TOKENS + max(DECODE_STEPS.values()))
-    ours = Side("moesaic", partial(Ours, files["hf"], threads, dtype="bfloat16", quantization=kind.quantization))
+    dtype = "auto" if kind.quantization else "bfloat16"
+    ours = Side("moesaic", partial(Ours, files["hf"], threads, dtype=dtype, quantization=kind.quantization))
     peers = [
         Side(f"llama.cpp {each}", partial(Llama, files[each], threads, capacity=capacity, all_logits=False))
         for each in kind.gguf

@@ -10,6 +10,9 @@
 #if !defined(_WIN32)
 #include <unistd.h>
 #endif
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -72,6 +75,26 @@ bool spin_until(Done done) {
   return done();
 }
 
+// How compilers start a team of OpenMP threads: each runs part(data), the caller among them.
+using StartTeam = void (*)(void (*part)(void*), void* data, unsigned threads, unsigned flags);
+
+const long loaded_by = process_id();
+
+// That of the OpenMP threads which torch keeps, or NULL: where they are, threads of our own would take turns with theirs,
+// which spin for milliseconds after each of torch's operators. Not after fork(), which leaves a child without them.
+StartTeam torchs_team() {
+#if defined(__linux__)
+  if (process_id() != loaded_by) return nullptr;
+  void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (!torch) return nullptr;
+  void* const start = dlsym(torch, "GOMP_parallel");  // also found in what libtorch_cpu.so was linked to
+  dlclose(torch);
+  return reinterpret_cast<StartTeam>(start);
+#else
+  return nullptr;
+#endif
+}
+
 struct Job {
   void (*task)(void*, int64_t, int) = nullptr;
   void* data = nullptr;
@@ -83,9 +106,38 @@ thread_local bool inside_a_task = false;
 
 class Pool {
  public:
-  Pool() : owner(process_id()) {}
+  Pool() : owner(process_id()), start_team_(torchs_team()) {}
 
   void run(const Job& job, int threads) {
+    if (start_team_) {
+      run_with_team(job, threads);
+    } else {
+      run_with_own_threads(job, threads);
+    }
+  }
+
+  const long owner;
+  std::mutex busy;
+
+ private:
+  // `threads` may exceed the number of tasks: a team that keeps its size keeps its threads.
+  void run_with_team(const Job& job, int threads) {
+    job_ = job;
+    next_.store(0, std::memory_order_relaxed);
+    running_.store(0, std::memory_order_relaxed);
+    const auto member = [](void* data) {
+      Pool& pool = *static_cast<Pool*>(data);
+      const int worker = pool.running_.fetch_add(1, std::memory_order_relaxed);
+      const uint64_t before = float_mode();
+      set_float_mode(pool.job_.mode);
+      pool.work(pool.job_, worker);
+      set_float_mode(before);
+    };
+    start_team_(member, this, unsigned(threads), 0);
+  }
+
+  void run_with_own_threads(const Job& job, int threads) {
+    if (threads > job.num_tasks) threads = int(job.num_tasks);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       grow(threads - 1);
@@ -107,10 +159,6 @@ class Pool {
     finished_.wait(lock, idle);
   }
 
-  const long owner;
-  std::mutex busy;
-
- private:
   // Called with the mutex held. With fewer threads than asked for, these do all the work.
   void grow(int workers) {
     try {
@@ -154,6 +202,7 @@ class Pool {
     inside_a_task = false;
   }
 
+  const StartTeam start_team_;
   std::mutex mutex_;
   std::condition_variable wake_, finished_;
   Job job_;                           // guarded by mutex_, as are the plain numbers below
@@ -180,8 +229,7 @@ Pool& pool() {
 
 extern "C" void moesaic_parallel(int threads, int64_t num_tasks, void (*task)(void*, int64_t, int), void* data) {
   if (threads > most_threads) threads = most_threads;
-  if (threads > num_tasks) threads = int(num_tasks);
-  if (threads > 1 && !inside_a_task) {
+  if (threads > 1 && num_tasks > 1 && !inside_a_task) {
     Pool& shared = pool();
     std::unique_lock<std::mutex> alone(shared.busy, std::try_to_lock);
     if (alone.owns_lock()) {

@@ -1,4 +1,4 @@
-// A small pool of threads that persist between calls.
+// Threads that persist between calls: those of torch's OpenMP where it has some, else a small pool of our own.
 #pragma once
 
 #include <stdint.h>

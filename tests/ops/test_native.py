@@ -4,6 +4,7 @@ T tokens, N assignments, E experts, K experts per token, D hidden size, F expert
 """
 
 import os
+import sys
 import threading
 from dataclasses import replace
 from functools import partial
@@ -149,6 +150,17 @@ def test_threads_of_the_caller_do_not_disturb_each_other() -> None:
             thread.join()
     for one, other in zip(alone, together, strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP threads are found on Linux only")
+def test_the_work_is_done_by_the_threads_that_torch_has_already() -> None:
+    case = make_case(T=200, E=4, K=2, D=24, F=16)
+    with num_threads(3):
+        torch.ones(2**21).sum()
+        before = len(os.listdir("/proc/self/task"))
+        forward_only(case)
+    assert len(os.listdir("/proc/self/task")) == before
 
 
 @needs_kernels

@@ -35,6 +35,15 @@ class Attention(nn.Module):
         self.q_norm = _head_norm(config, query_size)
         self.k_norm = _head_norm(config, key_value_size)
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None
+        self.heads = native_step.Heads(
+            num_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            scale=self.scale,
+            qk_norm=config.qk_norm,
+            norm_eps=config.rms_norm_eps,
+            interleaved=config.rope_interleaved,
+        )
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         if context.kv is not None and self._native_serves(x, context):
@@ -72,17 +81,8 @@ class Attention(nn.Module):
     def _attend_natively(self, x: Tensor, context: AttentionContext, kv: KVCache) -> Tensor:
         mask_BLS = context.masks[self.layer_type]
         assert mask_BLS is not None
-        heads = native_step.Heads(
-            num_heads=self.config.num_attention_heads,
-            num_key_value_heads=self.config.num_key_value_heads,
-            head_dim=self.config.head_dim,
-            scale=self.scale,
-            qk_norm=self.config.qk_norm,
-            norm_eps=self.config.rms_norm_eps,
-            interleaved=self.config.rope_interleaved,
-        )
         out_BLh = native_step.attend(
-            heads, self.q_proj(x), self.k_proj(x), self.v_proj(x),
+            self.heads, self.q_proj(x), self.k_proj(x), self.v_proj(x),
             (kv.keys[self.layer_index], kv.values[self.layer_index]), kv.length, mask_BLS,
             rotary=context.rotary if self.has_rope else None,
             norms=None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight),

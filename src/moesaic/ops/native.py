@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moesaic.errors import UsageError
 from moesaic.ops import instruction_set as machine
+from moesaic.ops import native_call
 from moesaic.ops.routing import Routing
 from moesaic.ops.weights import ExpertWeights
 
@@ -65,13 +66,6 @@ def native_instruction_sets() -> list[str]:
 def why_native_is_missing() -> str | None:
     """The reason and the command that builds the kernels; None when they are there."""
     return None if machine.native_module() is not None else f"is {machine.native_status()}"
-
-
-def _native() -> Any:
-    module = machine.native_module()
-    if module is None:
-        raise UsageError(f"the native kernels are {machine.native_status()}")
-    return module
 
 
 def make_plan(native: Any, token_ids: Tensor, expert_ids: Tensor, num_tokens: int, num_experts: int) -> Tensor:
@@ -123,7 +117,7 @@ def _forward(
     alpha: float,
     instruction_set: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    native = _native()
+    native = native_call.native()
     sizes = num_tokens, num_rows, num_experts, hidden_size, intermediate_size = _sizes(x, row_weights, down)
     _require_shapes(sizes, x, row_weights, gate_up, down, gate_up_bias, down_bias, token_ids, expert_ids)
     plan = make_plan(native, token_ids, expert_ids, num_tokens, num_experts)
@@ -134,7 +128,7 @@ def _forward(
     status = native.experts_forward(
         experts, torch.get_num_threads(), instruction_set, pre_activations_N2F.data_ptr(), y_TD.data_ptr()
     )
-    _raise_for(status, instruction_set)
+    native_call.raise_for(status, instruction_set, native_instruction_sets)
     return y_TD, pre_activations_N2F, plan
 
 
@@ -154,7 +148,7 @@ def _backward(
     alpha: float,
     instruction_set: str,
 ) -> tuple[Tensor, ...]:
-    native = _native()
+    native = native_call.native()
     inputs = _contiguous(x, row_weights, gate_up, down, gate_up_bias, down_bias)
     grad_y, pre_activations = grad_y.contiguous(), pre_activations.contiguous()
     gradients = _empty_gradients(*inputs)
@@ -174,7 +168,7 @@ def _backward(
         grad_y.data_ptr(),
         tuple(gradient.data_ptr() if has else 0 for gradient, has in zip(gradients, has_input, strict=True)),
     )
-    _raise_for(status, instruction_set)
+    native_call.raise_for(status, instruction_set, native_instruction_sets)
     return gradients
 
 
@@ -258,7 +252,7 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return tuple(map(native_call.address, tensors))
 
 
 def _empty_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -269,12 +263,3 @@ def _empty_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
         like.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in tensors
     )
-
-
-def _raise_for(status: int, instruction_set: str) -> None:
-    if status == -1:
-        raise UsageError(
-            f"no native kernels for '{instruction_set}' here; choose {', '.join(native_instruction_sets())}"
-        )
-    if status:
-        raise MemoryError("not enough memory for the buffers of the native experts")

@@ -17,6 +17,7 @@ from moesaic.errors import UsageError
 from moesaic.ops.activation import Activation
 from moesaic.ops.instruction_set import native_module
 from moesaic.ops.native import NATIVE_ACTIVATIONS, make_plan
+from moesaic.ops.native_call import address, is_plain_call, raise_for
 from moesaic.ops.quantize import FORMATS, PANEL, PackedWeight, packed_shape, table_bytes, unpack
 from moesaic.ops.reference import reference_experts
 from moesaic.ops.routing import Routing
@@ -30,7 +31,7 @@ UNPACKED_TOGETHER = 2**22
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, instruction_set: str = "") -> Tensor:
     """x (..., K) -> (..., N) in x's dtype; `bias` (N,). `instruction_set` as for `packed_experts`."""
-    run = _linear if _is_plain_call(x) else torch.ops.moesaic.packed_linear
+    run = _linear if is_plain_call(x) else torch.ops.moesaic.packed_linear
     x_TK = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     y_TN = run(x_TK, weight.data, bias, weight.rows, weight.format, weight.group_size, instruction_set)
     return y_TN if x.ndim == 2 else y_TN.view(*x.shape[:-1], weight.rows)
@@ -48,7 +49,7 @@ def packed_experts(x: Tensor, routing: Routing, weights: ExpertWeights, *, instr
     gate_up, down, activation = weights.gate_up, weights.down, weights.activation
     if not isinstance(gate_up, PackedWeight) or not isinstance(down, PackedWeight):
         raise UsageError("the backend packed computes packed weights; use native, grouped or reference for plain ones")
-    run = _experts if _is_plain_call(x) else torch.ops.moesaic.packed_experts
+    run = _experts if is_plain_call(x) else torch.ops.moesaic.packed_experts
     return run(
         x,
         routing.weights,
@@ -70,7 +71,7 @@ def packed_experts(x: Tensor, routing: Routing, weights: ExpertWeights, *, instr
 
 def packed_instruction_sets() -> list[str]:
     """Those that the kernels are built for and this machine runs, the best first; none when they are not built."""
-    native = _native()
+    native = native_module()
     return [] if native is None else native.packed_kernels()
 
 
@@ -98,14 +99,14 @@ def _linear(
     inputs, y_TN = _float32(x, bias), torch.empty(len(x), rows)
     status = native.packed_linear(
         _described(weight),
-        _address(inputs[1]),
-        _address(inputs[0]),
+        address(inputs[1]),
+        address(inputs[0]),
         len(x),
         torch.get_num_threads(),
         instruction_set,
         y_TN.data_ptr(),
     )
-    _raise_for(status, instruction_set)
+    raise_for(status, instruction_set, native.packed_kernels)
     return y_TN.to(x.dtype)
 
 
@@ -149,14 +150,14 @@ def _experts(
         (num_tokens, num_rows, num_experts, hidden_size, intermediate_size),
         (NATIVE_ACTIVATIONS[activation], limit, alpha),
         plan.data_ptr(),
-        tuple(map(_address, inputs)),
+        tuple(map(address, inputs)),
         _described(first),
         _described(second),
         torch.get_num_threads(),
         instruction_set,
         y_TD.data_ptr(),
     )
-    _raise_for(status, instruction_set)
+    raise_for(status, instruction_set, native.packed_kernels)
     return y_TD.to(x.dtype)
 
 
@@ -190,21 +191,9 @@ def _unpacked_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Te
     return y_TN
 
 
-def _is_plain_call(x: Tensor) -> bool:
-    """Whether nobody traces or differentiates: then the way through torch's dispatcher, which takes as long as a small
-    product does, is left out."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor
-
-
-def _native() -> Any:
-    """The native module, where it has these kernels."""
-    native = native_module()
-    return native if hasattr(native, "packed_linear") else None
-
-
 def _kernels_for(x: Tensor, instruction_set: str) -> Any:
     """The native module, or None where torch has to do it. Raises UsageError where an instruction set was asked for."""
-    native = _native() if x.device.type == "cpu" and x.dtype in PACKED_DTYPES else None
+    native = native_module() if x.device.type == "cpu" and x.dtype in PACKED_DTYPES else None
     if native is None and instruction_set:
         raise UsageError(f"no native kernels for packed weights and {x.dtype} on {x.device} here; see `moesaic doctor`")
     return native
@@ -234,18 +223,3 @@ def _require_shapes(*tensors: tuple[str, Tensor | None, tuple[int, ...]]) -> Non
 
 def _float32(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.float().contiguous() for tensor in tensors)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _raise_for(status: int, instruction_set: str) -> None:
-    if status == -1:
-        raise UsageError(
-            f"no native kernels for '{instruction_set}' here; choose {', '.join(packed_instruction_sets())}"
-        )
-    if status == -2:
-        raise MemoryError("not enough memory for the buffers of the packed weights")
-    if status:
-        raise UsageError("the native kernels do not know such packed weights; build them again")

@@ -7,13 +7,12 @@ D hidden size, E experts, K experts per token.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from moesaic.errors import UsageError
-from moesaic.ops import instruction_set as machine
+from moesaic.ops.instruction_set import native_module
+from moesaic.ops.native_call import address, is_plain_call, native, raise_for
 
 FEW_TOKENS = 16
 """Up to so many tokens the calls cost more than the work."""
@@ -28,11 +27,9 @@ def serves(x: Tensor) -> bool:
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
+        and is_plain_call(x)
         and not torch.is_autocast_enabled("cpu")
-        and machine.native_module() is not None
+        and native_module() is not None
     )
 
 
@@ -43,10 +40,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, instruction_set: s
     size = x.shape[-1]
     rows = x.numel() // size if size else 0
     weight = None if weight is None else weight.float().contiguous()
-    status = _native().rms_norm(
-        x.data_ptr(), _address(weight), rows, size, eps, torch.get_num_threads(), instruction_set, y.data_ptr()
+    status = native().rms_norm(
+        x.data_ptr(), address(weight), rows, size, eps, torch.get_num_threads(), instruction_set, y.data_ptr()
     )
-    _raise_for(status, instruction_set)
+    raise_for(status, instruction_set, _usable)
     return y
 
 
@@ -97,11 +94,11 @@ def attend(
     norms = None if norms is None else (norms[0].contiguous(), norms[1].contiguous())
     y = torch.empty_like(query)
     sizes = (batch, length, num_keys, heads.num_heads, heads.num_key_value_heads, heads.head_dim)
-    status = _native().attend(
+    status = native().attend(
         sizes,
-        (query.data_ptr(), key.data_ptr(), value.data_ptr(), _address(sinks)),
-        (QK_NORMS[heads.qk_norm], heads.norm_eps, *((0, 0) if norms is None else map(_address, norms))),
-        (0 if cos is None else cos.shape[-1], int(heads.interleaved), _address(cos), _address(sin)),
+        (query.data_ptr(), key.data_ptr(), value.data_ptr(), address(sinks)),
+        (QK_NORMS[heads.qk_norm], heads.norm_eps, *((0, 0) if norms is None else map(address, norms))),
+        (0 if cos is None else cos.shape[-1], int(heads.interleaved), address(cos), address(sin)),
         (cache[0].shape[2], cache[0].data_ptr(), cache[1].data_ptr()),
         (mask.data_ptr(), 0 if mask.shape[0] == 1 else length * num_keys),
         heads.scale,
@@ -109,7 +106,7 @@ def attend(
         instruction_set,
         y.data_ptr(),
     )
-    _raise_for(status, instruction_set)
+    raise_for(status, instruction_set, _usable)
     return y
 
 
@@ -135,28 +132,17 @@ def route(
     (num_tokens, hidden_size), num_experts = x.shape, weight.shape[0]
     logits_TE, weights_TK = x.new_empty(num_tokens, num_experts), x.new_empty(num_tokens, top_k)
     ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64)
-    status = _native().route(
+    status = native().route(
         (num_tokens, hidden_size, num_experts, top_k),
         (_SCORES[scores], int(normalise), least_sum, scaling),
-        (x.data_ptr(), weight.data_ptr(), _address(bias), _address(selection_bias)),
+        (x.data_ptr(), weight.data_ptr(), address(bias), address(selection_bias)),
         torch.get_num_threads(),
         instruction_set,
         (logits_TE.data_ptr(), ids_TK.data_ptr(), weights_TK.data_ptr()),
     )
-    _raise_for(status, instruction_set)
+    raise_for(status, instruction_set, _usable)
     return logits_TE, ids_TK, weights_TK
 
 
-def _native() -> Any:
-    return machine.native_module()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _raise_for(status: int, instruction_set: str) -> None:
-    if status == -1:
-        raise UsageError(f"no native kernels for '{instruction_set}' here; see moesaic doctor")
-    if status:
-        raise MemoryError("not enough memory for the buffers of the native operators")
+def _usable() -> list[str]:
+    return native().expert_kernels()  # built for the same instruction sets
