@@ -21,7 +21,7 @@ def test_it_computes_what_a_linear_layer_computes(format: str, bias: bool) -> No
         if format == "mxfp4":
             plain.weight.copy_(torch.randint(-4, 5, (37, 100)) / 2)  # numbers that it has
     packed = PackedLinear.of(plain.weight, plain.bias, format, 32)
-    assert (packed.in_features, packed.out_features) == (100, 37)
+    assert (packed.packed.columns, packed.packed.rows) == (100, 37)
     with torch.no_grad():
         plain.weight.copy_(unpack(packed.packed))
         x = torch.randn(2, 9, 100)

@@ -265,13 +265,13 @@ def test_what_does_not_fit_is_refused() -> None:
     x, routing, weights = packed_case(make_case(9, 4, 2, 40, 50), "int4", 32)
     weight = packed_matrix(20, 40, "int8", 32)
     for call, message in (
-        (lambda: packed_linear(x[:, :-8].contiguous(), weight), "weight is torch.uint8 (2, 2, 544); int8 packed"),
+        (lambda: packed_linear(x[:, :-8].contiguous(), weight), "x has shape (9, 32); the packed weights need (9, 40)"),
         (lambda: packed_linear(x, weight, torch.zeros(21)), "bias has shape (21,)"),
-        (lambda: packed_linear(x, replace(weight, data=weight.data.float())), "weight is torch.float32"),
-        (lambda: packed_linear(x, replace(weight, format="int4")), "weight is torch.uint8"),
+        (lambda: packed_linear(x, replace(weight, data=weight.data.float())), "packed data are torch.float32"),
+        (lambda: packed_linear(x, replace(weight, format="int4")), "packed data are torch.uint8"),
         (lambda: packed_linear(x, weight, instruction_set="mmx"), "mmx" if SETS else "no native kernels"),
         (lambda: packed_experts(x, routing, replace(weights, down_bias=torch.zeros(4, 41))), "down_bias has shape"),
-        (lambda: packed_experts(x, routing, replace(weights, down=weights.gate_up)), "gate_up is torch.uint8"),
+        (lambda: packed_experts(x, routing, replace(weights, down=weights.gate_up)), "gate_up is (100, 40) and"),
         (lambda: packed_experts(x, routing, ExpertWeights(torch.zeros(4, 100, 40), torch.zeros(4, 40, 50))),
          "use native, grouped or reference for plain ones"),
     ):  # fmt: skip

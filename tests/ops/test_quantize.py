@@ -20,9 +20,10 @@ from moesaic.ops.quantize import (
     packed_shape,
     require_format,
     squared_error,
-    table_bytes,
     unpack,
 )
+
+from .expert_cases import num_threads
 
 KINDS = [(format, size) for format, known in FORMATS.items() for size in known.group_sizes]
 SIZES = [(1, 1), (16, 32), (17, 33), (33, 100), (31, 64), (5, 127), (48, 3)]
@@ -235,9 +236,17 @@ def test_shapes_are_known_without_memory(format: str, group_size: int) -> None:
 
 
 def test_tables_are_what_the_kernels_take() -> None:
-    assert table_bytes("int8") == b""
+    assert pack(torch.ones(1, 32), "int8").layout[4] == b""
     for format in ("int4", "mxfp4"):
-        assert struct.unpack("16b", table_bytes(format)) == FORMATS[format].table
+        assert struct.unpack("16b", pack(torch.ones(1, 32), format).layout[4]) == FORMATS[format].table
     assert len(set(FORMATS["int4"].table)) == 16
     mxfp4 = torch.tensor(FORMATS["mxfp4"].table).float() / 2
     assert torch.equal(mxfp4, torch.cat((E2M1_VALUES, -E2M1_VALUES)))
+
+
+def test_inference_mode_changes_nothing() -> None:
+    weight = torch.randn(40, 70)
+    with torch.inference_mode(), num_threads(2):
+        packed = pack(weight * 1.0, "int4")
+        assert torch.equal(unpack(packed), unpack(pack(weight, "int4")))
+    assert torch.equal(packed.data, pack(weight, "int4").data)

@@ -3,6 +3,8 @@
 T tokens, N assignments, E experts, D hidden size, F expert intermediate size.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -26,8 +28,7 @@ class Experts(nn.Module):
         E, D, F = moe.num_experts, config.hidden_size, moe.moe_intermediate_size
         self.backend = backend
         self.hidden_size, self.intermediate_size = D, F
-        self.packing: tuple[str, int] | None = None
-        """Format and group size of gate_up and down, where they are packed."""
+        self._packed: dict[str, PackedWeight] = {}
         self.activation = Activation(moe.activation, limit=moe.swiglu_limit, alpha=moe.swiglu_alpha)
         self.weighs_inputs = moe.router == "topk_sigmoid_input"
         self.gate_up = nn.Parameter(torch.empty(E, 2 * F, D))
@@ -38,19 +39,19 @@ class Experts(nn.Module):
     def quantize(self, format: str, group_size: int) -> None:
         """Packs gate_up and down, each in its turn; biases stay as they are."""
         for name in ("gate_up", "down"):
-            data = pack(self.get_parameter(name), format, group_size).data
+            packed = pack(self.get_parameter(name), format, group_size)
             delattr(self, name)
-            self.register_buffer(name, data)
-        self.packing = format, group_size
+            self.register_buffer(name, packed.data)
+            self._packed[name] = packed
 
     @property
     def packed(self) -> dict[str, PackedWeight]:
         """gate_up (E, 2F, D) and down (E, D, F) by name, where they are packed."""
-        if self.packing is None:
-            return {}
-        shapes = {"gate_up": (2 * self.intermediate_size, self.hidden_size)}
-        shapes["down"] = (self.hidden_size, self.intermediate_size)
-        return {name: PackedWeight(self.get_buffer(name), *shape, *self.packing) for name, shape in shapes.items()}
+        for name, weight in self._packed.items():
+            data = self.get_buffer(name)
+            if data is not weight.data:  # the module was moved, or loaded
+                self._packed[name] = replace(weight, data=data)
+        return self._packed
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype

@@ -3,6 +3,8 @@
 N outputs, K inputs.
 """
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from moesaic.ops.native_packed import packed_linear
@@ -14,8 +16,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: PackedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.rows, weight.columns
-        self.format, self.group_size = weight.format, weight.group_size
+        self._packed = weight
         self.register_buffer("weight", weight.data)
         self.bias = bias
 
@@ -27,10 +28,13 @@ class PackedLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         data = self.get_buffer("weight")
-        return PackedWeight(data, self.out_features, self.in_features, self.format, self.group_size)
+        if data is not self._packed.data:  # the module was moved, or loaded
+            self._packed = replace(self._packed, data=data)
+        return self._packed
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(x, self.packed, self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}"
+        weight = self._packed
+        return f"in_features={weight.columns}, out_features={weight.rows}, format={weight.format}"

@@ -18,7 +18,7 @@ from moesaic.ops.activation import Activation
 from moesaic.ops.instruction_set import native_module
 from moesaic.ops.native import NATIVE_ACTIVATIONS, make_plan
 from moesaic.ops.native_call import address, is_plain_call, raise_for
-from moesaic.ops.quantize import FORMATS, PANEL, PackedWeight, packed_shape, table_bytes, unpack
+from moesaic.ops.quantize import PANEL, PackedWeight, unpack
 from moesaic.ops.reference import reference_experts
 from moesaic.ops.routing import Routing
 from moesaic.ops.weights import ExpertWeights
@@ -31,10 +31,12 @@ UNPACKED_TOGETHER = 2**22
 
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, instruction_set: str = "") -> Tensor:
     """x (..., K) -> (..., N) in x's dtype; `bias` (N,). `instruction_set` as for `packed_experts`."""
-    run = _linear if is_plain_call(x) else torch.ops.moesaic.packed_linear
-    x_TK = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    y_TN = run(x_TK, weight.data, bias, weight.rows, weight.format, weight.group_size, instruction_set)
-    return y_TN if x.ndim == 2 else y_TN.view(*x.shape[:-1], weight.rows)
+    _require_shapes(("x", x, (*x.shape[:-1], weight.columns)))
+    if is_plain_call(x):
+        return _linear(x, weight, bias, instruction_set)
+    return torch.ops.moesaic.packed_linear(
+        x, weight.data, bias, weight.rows, weight.format, weight.group_size, instruction_set
+    )
 
 
 def packed_experts(x: Tensor, routing: Routing, weights: ExpertWeights, *, instruction_set: str = "") -> Tensor:
@@ -49,8 +51,15 @@ def packed_experts(x: Tensor, routing: Routing, weights: ExpertWeights, *, instr
     gate_up, down, activation = weights.gate_up, weights.down, weights.activation
     if not isinstance(gate_up, PackedWeight) or not isinstance(down, PackedWeight):
         raise UsageError("the backend packed computes packed weights; use native, grouped or reference for plain ones")
-    run = _experts if is_plain_call(x) else torch.ops.moesaic.packed_experts
-    return run(
+    if (gate_up.rows, gate_up.columns) != (2 * down.columns, down.rows):
+        raise UsageError(
+            f"gate_up is ({gate_up.rows}, {gate_up.columns}) and down ({down.rows}, {down.columns}); they need to be "
+            "(2F, D) and (D, F)"
+        )
+    _require_shapes(("x", x, (len(x), down.rows)))
+    if is_plain_call(x):
+        return _experts(x, routing.weights, weights, routing.token_ids, routing.expert_ids, instruction_set)
+    return torch.ops.moesaic.packed_experts(
         x,
         routing.weights,
         gate_up.data,
@@ -87,30 +96,73 @@ torch.library.define(
 )
 
 
-def _linear(
-    x: Tensor, data: Tensor, bias: Tensor | None, rows: int, format: str, group_size: int, instruction_set: str
-) -> Tensor:
-    weight = PackedWeight(data, rows, x.shape[1], format, group_size)
-    _require_packed("weight", weight)
-    _require_shapes(("x", x, (len(x), weight.columns)), ("bias", bias, (rows,)))
+def _linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, instruction_set: str) -> Tensor:
+    leading = x.shape[:-1]
+    _require_shapes(("bias", bias, (weight.rows,)))
     native = _kernels_for(x, instruction_set)
     if native is None:
-        return _unpacked_linear(x, weight, bias)
-    inputs, y_TN = _float32(x, bias), torch.empty(len(x), rows)
+        return _unpacked_linear(x.reshape(-1, weight.columns), weight, bias).view(*leading, weight.rows)
+    wide_x, wide_bias, y = _float32(x), _float32(bias), torch.empty(*leading, weight.rows)
     status = native.packed_linear(
         _described(weight),
-        address(inputs[1]),
-        address(inputs[0]),
-        len(x),
+        address(wide_bias),
+        address(wide_x),
+        leading.numel(),
         torch.get_num_threads(),
         instruction_set,
-        y_TN.data_ptr(),
+        y.data_ptr(),
     )
     raise_for(status, instruction_set, native.packed_kernels)
-    return y_TN.to(x.dtype)
+    return y.to(x.dtype)
 
 
 def _experts(
+    x: Tensor, row_weights: Tensor, weights: ExpertWeights, token_ids: Tensor, expert_ids: Tensor, instruction_set: str
+) -> Tensor:
+    gate_up, down, activation = weights.gate_up, weights.down, weights.activation
+    assert isinstance(gate_up, PackedWeight)
+    assert isinstance(down, PackedWeight)
+    num_tokens, num_rows, num_experts = len(x), len(row_weights), weights.num_experts
+    hidden_size, intermediate_size = down.rows, down.columns
+    _require_shapes(
+        ("gate_up", gate_up.data, (num_experts, *gate_up.data.shape[-3:])),
+        ("down", down.data, (num_experts, *down.data.shape[-3:])),
+        ("gate_up_bias", weights.gate_up_bias, (num_experts, 2 * intermediate_size)),
+        ("down_bias", weights.down_bias, (num_experts, hidden_size)),
+        ("token_ids", token_ids, (num_rows,)),
+        ("expert_ids", expert_ids, (num_rows,)),
+    )
+    native = _kernels_for(x, instruction_set)
+    if native is None:
+        nothing = row_weights.new_zeros(()).expand(num_tokens, num_experts)
+        return reference_experts(
+            x, Routing(token_ids, expert_ids, row_weights, nothing, num_experts, top_k=None), weights
+        )
+    plan = make_plan(native, token_ids.long(), expert_ids.long(), num_tokens, num_experts)
+    inputs = tuple(map(_float32, (x, row_weights, weights.gate_up_bias, weights.down_bias)))
+    y_TD = torch.empty(num_tokens, hidden_size)
+    status = native.packed_experts_forward(
+        (num_tokens, num_rows, num_experts, hidden_size, intermediate_size),
+        (NATIVE_ACTIVATIONS[activation.name], activation.limit, activation.alpha),
+        plan.data_ptr(),
+        tuple(map(address, inputs)),
+        _described(gate_up),
+        _described(down),
+        torch.get_num_threads(),
+        instruction_set,
+        y_TD.data_ptr(),
+    )
+    raise_for(status, instruction_set, native.packed_kernels)
+    return y_TD.to(x.dtype)
+
+
+def _linear_of_data(
+    x: Tensor, data: Tensor, bias: Tensor | None, rows: int, format: str, group_size: int, instruction_set: str
+) -> Tensor:
+    return _linear(x, PackedWeight(data, rows, x.shape[-1], format, group_size), bias, instruction_set)
+
+
+def _experts_of_data(
     x: Tensor,
     row_weights: Tensor,
     gate_up: Tensor,
@@ -127,43 +179,16 @@ def _experts(
     alpha: float,
     instruction_set: str,
 ) -> Tensor:
-    (num_tokens, hidden_size), num_rows, num_experts = x.shape, len(row_weights), len(down)
+    hidden_size = x.shape[1]
     first = PackedWeight(gate_up, 2 * intermediate_size, hidden_size, formats[0], group_sizes[0])
     second = PackedWeight(down, hidden_size, intermediate_size, formats[1], group_sizes[1])
-    _require_packed("gate_up", first, num_experts)
-    _require_packed("down", second, num_experts)
-    _require_shapes(
-        ("gate_up_bias", gate_up_bias, (num_experts, 2 * intermediate_size)),
-        ("down_bias", down_bias, (num_experts, hidden_size)),
-        ("token_ids", token_ids, (num_rows,)),
-        ("expert_ids", expert_ids, (num_rows,)),
-    )
-    native = _kernels_for(x, instruction_set)
-    if native is None:
-        weights = ExpertWeights(first, second, gate_up_bias, down_bias, Activation(activation, limit, alpha))
-        nothing = row_weights.new_zeros(()).expand(num_tokens, num_experts)
-        routing = Routing(token_ids, expert_ids, row_weights, nothing, num_experts, top_k=None)
-        return reference_experts(x, routing, weights)
-    plan = make_plan(native, token_ids.long(), expert_ids.long(), num_tokens, num_experts)
-    inputs, y_TD = _float32(x, row_weights, gate_up_bias, down_bias), torch.empty(num_tokens, hidden_size)
-    status = native.packed_experts_forward(
-        (num_tokens, num_rows, num_experts, hidden_size, intermediate_size),
-        (NATIVE_ACTIVATIONS[activation], limit, alpha),
-        plan.data_ptr(),
-        tuple(map(address, inputs)),
-        _described(first),
-        _described(second),
-        torch.get_num_threads(),
-        instruction_set,
-        y_TD.data_ptr(),
-    )
-    raise_for(status, instruction_set, native.packed_kernels)
-    return y_TD.to(x.dtype)
+    weights = ExpertWeights(first, second, gate_up_bias, down_bias, Activation(activation, limit, alpha))
+    return _experts(x, row_weights, weights, token_ids, expert_ids, instruction_set)
 
 
 @torch.library.register_fake("moesaic::packed_linear")
 def _fake_linear(x: Tensor, data: Tensor, bias: Tensor | None, rows: int, *_: Any) -> Tensor:
-    return x.new_empty(x.shape[0], rows)
+    return x.new_empty(*x.shape[:-1], rows)
 
 
 @torch.library.register_fake("moesaic::packed_experts")
@@ -175,7 +200,7 @@ def _refuse_gradients(ctx: Any, *_: Any) -> None:
     raise UsageError("packed weights are for inference and give no gradients; load the model without quantization")
 
 
-for _name, _run in (("packed_linear", _linear), ("packed_experts", _experts)):
+for _name, _run in (("packed_linear", _linear_of_data), ("packed_experts", _experts_of_data)):
     torch.library.impl(f"moesaic::{_name}", "default", _run)
     torch.library.register_autograd(f"moesaic::{_name}", _refuse_gradients)
 
@@ -200,19 +225,7 @@ def _kernels_for(x: Tensor, instruction_set: str) -> Any:
 
 
 def _described(weight: PackedWeight) -> tuple[int, int, int, int, bytes, int]:
-    bits = FORMATS[weight.format].bits
-    return weight.rows, weight.columns, weight.group_size, bits, table_bytes(weight.format), weight.data.data_ptr()
-
-
-def _require_packed(name: str, weight: PackedWeight, *leading: int) -> None:
-    """The kernels trust what they are given, so nothing wrong may get there."""
-    expected = (*leading, *packed_shape(weight.rows, weight.columns, weight.format, weight.group_size))
-    data = weight.data
-    if tuple(data.shape) != expected or data.dtype != torch.uint8 or not data.is_contiguous():
-        raise UsageError(
-            f"{name} is {data.dtype} {tuple(data.shape)}; {weight.format} packed, ({weight.rows}, {weight.columns}) "
-            f"needs contiguous torch.uint8 {expected}"
-        )
+    return (*weight.layout, weight.data.data_ptr())
 
 
 def _require_shapes(*tensors: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
@@ -221,5 +234,5 @@ def _require_shapes(*tensors: tuple[str, Tensor | None, tuple[int, ...]]) -> Non
             raise UsageError(f"{name} has shape {tuple(tensor.shape)}; the packed weights need {shape}")
 
 
-def _float32(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if tensor is None else tensor.float().contiguous() for tensor in tensors)
+def _float32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -56,7 +57,10 @@ class PackedFormat:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """Of one matrix (rows, columns), or of a stack of them."""
+    """Of one matrix (rows, columns), or of a stack of them.
+
+    Raises UsageError where `data` is not what the rest says: the kernels trust a PackedWeight.
+    """
 
     data: Tensor
     """(..., P, S, bytes of a block) uint8."""
@@ -64,6 +68,21 @@ class PackedWeight:
     columns: int
     format: str
     group_size: int
+
+    def __post_init__(self) -> None:
+        expected = packed_shape(self.rows, self.columns, self.format, self.group_size)
+        data = self.data
+        if tuple(data.shape[-3:]) != expected or data.dtype != torch.uint8 or not data.is_contiguous():
+            raise UsageError(
+                f"packed data are {data.dtype} {tuple(data.shape)}; {self.format} with ({self.rows}, {self.columns}) "
+                f"needs contiguous torch.uint8 {expected}"
+            )
+
+    @cached_property
+    def layout(self) -> tuple[int, int, int, int, bytes]:
+        """As the kernels take it: rows, columns, group size, bits, and the table, 16 int8 or nothing for 8 bits."""
+        format = FORMATS[self.format]
+        return self.rows, self.columns, self.group_size, format.bits, bytes(value & 0xFF for value in format.table)
 
     def of_expert(self, expert: int) -> "PackedWeight":
         return replace(self, data=self.data[expert])
@@ -94,7 +113,8 @@ def pack(weight: Tensor, format: str, group_size: int = DEFAULT_GROUP_SIZE) -> P
     require_format(format, group_size)
     *leading, rows, columns = weight.shape
     shape = (*leading, *packed_shape(rows, columns, format, group_size))
-    data = torch.empty(shape, dtype=torch.uint8, device=weight.device)
+    with torch.inference_mode(False):  # the threads below write to it, and they are in no such mode
+        data = torch.empty(shape, dtype=torch.uint8, device=weight.device)
     packed = PackedWeight(data, rows, columns, format, group_size)
     if weight.is_meta:
         return packed
@@ -126,11 +146,6 @@ def squared_error(weight: Tensor, packed: PackedWeight) -> tuple[float, float]:
 
     sums = _on_all_threads(of_panels, _panels(weight.detach(), packed))
     return sum(error for error, _ in sums), sum(total for _, total in sums)
-
-
-def table_bytes(format: str) -> bytes:
-    """The table as the kernels take it: 16 int8, or nothing for 8 bits."""
-    return bytes(value & 0xFF for value in FORMATS[format].table)
 
 
 def _on_all_threads(run: Callable[[Tensor, Tensor], Result], chunks: Iterable[tuple[Tensor, Tensor]]) -> list[Result]:
