@@ -5,7 +5,8 @@ take turns, so that a machine whose speed drifts favours none. Every side gets t
 logits of the last position only. llama.cpp reads a GGUF file that its own quantiser made, every matrix of the named
 type (Q4_K_M: its usual mixture). Beside each pair stands the limit, measured in the same run: for decode the bytes of
 our weights that one step must read over the rate at which all threads read memory, for prefill the multiply-adds over
-the peak of 8-bit dot products (bfloat16: of the faster of torch's bfloat16 product and float32 multiply-adds).
+the peak of 8-bit dot products (bfloat16: of the faster of torch's bfloat16 product and float32 multiply-adds). torch's
+own operators for 8 and 4 bits, which make no whole model, are compared in one linear layer.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from common import Row, note, run_benchmark
 from inference.limits import Limits, measure_limits
+from inference.linear import PEERS, linear_rows
 from inference.runners import Llama, Ours, Transformers
 from inference.sides import Contest, Side, Tokens
 
@@ -90,6 +92,8 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
                 f"{limits.float32 / 1e9:.0f}, bfloat16 {limits.bfloat16 / 1e9:.0f} G operations/s"
             )
             rows += _measure_format(name, config, files, limits, rounds, arguments)
+            if name in PEERS:
+                rows += linear_rows(name, rounds)
     return rows
 
 

@@ -30,7 +30,7 @@ try:
     import transformers
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 except ModuleNotFoundError:
-    raise SystemExit("this benchmark compares with transformers; install it: pip install -e '.[peers]'") from None
+    raise SystemExit("this benchmark compares with transformers; install it: pip install 'transformers>=5.0'") from None
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GOAL_AGAINST_DENSE = {torch.float32: 1.0, torch.bfloat16: 1 / 1.15}

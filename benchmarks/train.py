@@ -48,7 +48,7 @@ from moesaic.train.trainer import DTYPES, Trainer
 try:
     import transformers
 except ModuleNotFoundError:
-    raise SystemExit("this benchmark compares with transformers; install it: pip install -e '.[peers]'") from None
+    raise SystemExit("this benchmark compares with transformers; install it: pip install 'transformers>=5.0'") from None
 
 OPTIMIZER = OptimizerConfig(name="adamw", lr=3e-4)
 SCHEDULE = ScheduleConfig(name="constant", warmup_fraction=0.0)

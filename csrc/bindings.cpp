@@ -1,18 +1,10 @@
 // The Python module moesaic._native: thin wrappers around the C-level interface of the other files here.
-#include <nanobind/nanobind.h>
+#include "bindings.h"
 
 #include "cpu_features.h"
 #include "experts.h"
 
-namespace nb = nanobind;
-
 namespace {
-
-// Arrays come as addresses, 0 for none: what a tensor's data_ptr() is.
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // As ops/native.py builds it: sizes (T, N, E, D, F), element type, activation (number, limit, alpha), and the inputs'
 // addresses.
@@ -21,16 +13,15 @@ struct Experts {
 
   Experts(nb::tuple sizes, int32_t element, nb::tuple activation, uintptr_t plan, nb::tuple inputs) {
     const auto size = [&](int i) { return nb::cast<int64_t>(sizes[i]); };
-    const auto input = [&](int i) { return at<const void>(nb::cast<uintptr_t>(inputs[i])); };
     value.num_tokens = size(0), value.num_rows = size(1), value.num_experts = size(2);
     value.hidden_size = size(3), value.intermediate_size = size(4);
     value.element = element;
     value.activation = nb::cast<int32_t>(activation[0]);
     value.limit = nb::cast<float>(activation[1]), value.alpha = nb::cast<float>(activation[2]);
     value.plan = moesaic_plan_view(at<const int32_t>(plan), size(0), size(1), size(2));
-    value.x = input(0), value.row_weights = static_cast<const float*>(input(1));
-    value.gate_up = input(2), value.down = input(3);
-    value.gate_up_bias = input(4), value.down_bias = input(5);
+    value.x = at<const void>(inputs[0]), value.row_weights = at<const float>(inputs[1]);
+    value.gate_up = at<const void>(inputs[2]), value.down = at<const void>(inputs[3]);
+    value.gate_up_bias = at<const void>(inputs[4]), value.down_bias = at<const void>(inputs[5]);
   }
 };
 
@@ -42,18 +33,14 @@ int experts_forward(const Experts& experts, int threads, const char* instruction
 
 int experts_backward(const Experts& experts, int threads, const char* instruction_set, uintptr_t pre_activations,
                      uintptr_t grad_y, nb::tuple gradients) {
-  const auto gradient = [&](int i) { return at<void>(nb::cast<uintptr_t>(gradients[i])); };
-  moesaic_expert_gradients all{gradient(0), static_cast<float*>(gradient(1)), gradient(2), gradient(3), gradient(4),
-                               gradient(5)};
+  moesaic_expert_gradients all{at<void>(gradients[0]), at<float>(gradients[1]), at<void>(gradients[2]),
+                               at<void>(gradients[3]), at<void>(gradients[4]), at<void>(gradients[5])};
   nb::gil_scoped_release unlocked;
   return moesaic_experts_backward(&experts.value, threads, instruction_set, at<const void>(pre_activations),
                                   at<const void>(grad_y), &all);
 }
 
 }  // namespace
-
-void bind_packed(nb::module_& module);  // in packed_bindings.cpp
-void bind_step(nb::module_& module);    // in step_bindings.cpp
 
 NB_MODULE(_native, module) {
   module.doc() = "C++ CPU kernels of moesaic.";
@@ -70,14 +57,8 @@ NB_MODULE(_native, module) {
       },
       "Feature name, spelled as in /proc/cpuinfo, to whether CPU and operating system support it.");
 
-  module.def(
-      "expert_kernels",
-      [] {
-        nb::list names;
-        for (const char* const* name = moesaic_expert_kernels(); *name; ++name) names.append(*name);
-        return names;
-      },
-      "Instruction sets whose expert kernels run here, the best first.");
+  module.def("expert_kernels", &list_of<moesaic_expert_kernels>,
+             "Instruction sets whose expert kernels run here, the best first.");
   module.def("plan_size", &moesaic_plan_size, nb::arg("num_tokens"), nb::arg("num_rows"), nb::arg("num_experts"));
   module.def(
       "make_plan",
@@ -98,6 +79,7 @@ NB_MODULE(_native, module) {
   module.def("experts_backward", &experts_backward, nb::arg("experts"), nb::arg("threads"),
              nb::arg("instruction_set"), nb::arg("pre_activations"), nb::arg("grad_y"), nb::arg("gradients"),
              "See moesaic_experts_backward in experts.h.");
+  bind_block(module);
   bind_packed(module);
   bind_step(module);
 }

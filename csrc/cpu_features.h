@@ -25,7 +25,7 @@ const moesaic_cpu_feature* moesaic_cpu_features(void);
 //   "portable"     none of these: plain C++
 const char* moesaic_instruction_set(void);
 
-// Whether kernels of this level of x86-64 run here: 1 or 0.
+// Whether kernels of this level run here, "portable" or one of x86-64: 1 or 0.
 int moesaic_cpu_reaches(const char* level);
 
 #ifdef __cplusplus

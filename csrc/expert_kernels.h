@@ -54,7 +54,6 @@ struct BufferSizes {
 // The kernels of one instruction set for one type of the numbers in memory, the element. `void` arrays are of that type,
 // everything between is float32.
 struct ExpertKernels {
-  const char* name;
   int element_size;  // bytes
   int column_step;   // column ranges start at multiples of this
   BufferSizes (*buffer_sizes)(int64_t rows, int64_t hidden_size, int64_t intermediate_size);
@@ -87,7 +86,11 @@ struct ExpertKernels {
   void (*sum_rows)(const moesaic_experts& experts, const float* rows, int64_t first, int64_t last, void* out);
 };
 
-// For a moesaic_element. NULL where the compiler could not build them; whether the CPU can run them is another question.
-const ExpertKernels* moesaic_kernels_avx512(int32_t element);
-const ExpertKernels* moesaic_kernels_avx2(int32_t element);
-const ExpertKernels* moesaic_kernels_portable(int32_t element);
+struct ExpertKernelsByElement {
+  ExpertKernels of_float, of_bfloat16;
+};
+
+// NULL where the compiler could not build them; whether the CPU can run them is another question.
+const ExpertKernelsByElement* moesaic_expert_kernels_avx512();
+const ExpertKernelsByElement* moesaic_expert_kernels_avx2();
+const ExpertKernelsByElement* moesaic_expert_kernels_portable();

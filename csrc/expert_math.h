@@ -1,5 +1,5 @@
 // The experts' forward and backward pass on chunks of rows, in terms of matrix_product.h, few_rows.h and
-// gated_activation.h. Internal linkage, like these. The including file calls kernels_named() to make its tables.
+// gated_activation.h. Internal linkage, like these. The including file hands out expert_kernels.
 //
 // What is in memory is of type Element, float or BFloat16: it is widened as it is gathered or packed. All products and
 // sums are float32, and each result is rounded once. A product of BFloat16 pairs would take the place of Vector::load()
@@ -328,9 +328,8 @@ void sum_rows(const moesaic_experts& experts, const float* rows, int64_t first, 
 }
 
 template <class Element>
-ExpertKernels kernels_of(const char* name) {
-  return {name,
-          int(sizeof(Element)),
+constexpr ExpertKernels kernels_of() {
+  return {int(sizeof(Element)),
           panel_width,
           buffer_sizes<Element>,
           sums_size<Element>,
@@ -342,9 +341,6 @@ ExpertKernels kernels_of(const char* name) {
           sum_rows<Element>};
 }
 
-const ExpertKernels* kernels_named(const char* name, int32_t element) {
-  static const ExpertKernels of_float = kernels_of<float>(name), of_bfloat16 = kernels_of<BFloat16>(name);
-  return element == MOESAIC_BFLOAT16 ? &of_bfloat16 : &of_float;
-}
+constexpr ExpertKernelsByElement expert_kernels{kernels_of<float>(), kernels_of<BFloat16>()};
 
 }  // namespace

@@ -2,15 +2,13 @@
 #include "experts.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <vector>
 
-#include "cpu_features.h"
 #include "expert_kernels.h"
+#include "kernel_choice.h"
 #include "work_memory.h"
 
 namespace {
@@ -21,25 +19,17 @@ constexpr int64_t tokens_per_task = 64;
 // Bytes of weights that a task reads of an expert with few rows, about.
 constexpr int64_t few_rows_bytes = 256 * 1024;
 
-// Those that run here, the best first.
-std::vector<const ExpertKernels*> usable_kernels(int32_t element) {
-  std::vector<const ExpertKernels*> found;
-  const auto add = [&](const ExpertKernels* kernels) {
-    if (kernels) found.push_back(kernels);
-  };
-  if (moesaic_cpu_reaches("avx512f")) add(moesaic_kernels_avx512(element));
-  if (moesaic_cpu_reaches("avx2")) add(moesaic_kernels_avx2(element));
-  add(moesaic_kernels_portable(element));
-  return found;
+const KernelChoice<ExpertKernelsByElement>& usable_kernels() {
+  static const KernelChoice<ExpertKernelsByElement> usable{{"avx512f", moesaic_expert_kernels_avx512},
+                                                           {"avx2", moesaic_expert_kernels_avx2},
+                                                           {"portable", moesaic_expert_kernels_portable}};
+  return usable;
 }
 
-const ExpertKernels* kernels_named(const char* name, int32_t element) {
-  static const std::vector<const ExpertKernels*> of_float = usable_kernels(MOESAIC_FLOAT32),
-                                                 of_bfloat16 = usable_kernels(MOESAIC_BFLOAT16);
-  for (const ExpertKernels* one : element == MOESAIC_BFLOAT16 ? of_bfloat16 : of_float) {
-    if (!name || !*name || !std::strcmp(one->name, name)) return one;
-  }
-  return nullptr;
+const ExpertKernels* kernels_named(const char* instruction_set, int32_t element) {
+  const ExpertKernelsByElement* const found = usable_kernels().named(instruction_set);
+  if (!found) return nullptr;
+  return element == MOESAIC_BFLOAT16 ? &found->of_bfloat16 : &found->of_float;
 }
 
 // The rows of an expert are computed in chunks of at most this many, so that what a chunk needs stays in a core's cache.
@@ -109,20 +99,17 @@ class Forward {
     const int64_t num_chunks = int64_t(chunks_.size());
     const int64_t scratch_size =
         kernels_.buffer_sizes(most_rows_of_chunk(experts_), experts_.hidden_size, experts_.intermediate_size).scratch;
-    std::atomic<bool> complete{true};
-    parallel(threads_, num_chunks + int64_t(units_.size()), [&](int64_t index, int) {
-      float* const scratch = scratch_of_thread.room_for(scratch_size);
-      if (!scratch) {
-        complete = false;
-      } else if (index < num_chunks) {
+    const auto chunk_or_units = [&](int64_t index, float* scratch) {
+      if (index < num_chunks) {
         kernels_.forward(experts_, chunks_[size_t(index)], pre_activations_, rows_out_.get(), scratch);
       } else {
         const Piece& piece = units_[size_t(index - num_chunks)];
         kernels_.few_hidden(experts_, piece.rows, piece.columns, pre_activations_, hidden_.get() + piece.hidden_at,
                             scratch);
       }
-    });
-    if (!complete) return false;
+    };
+    const int64_t num_tasks = num_chunks + int64_t(units_.size());
+    if (!parallel_with_scratch(threads_, num_tasks, scratch_size, chunk_or_units)) return false;
     parallel(threads_, int64_t(outputs_.size()), [&](int64_t index, int) {
       const Piece& piece = outputs_[size_t(index)];
       kernels_.few_outputs(experts_, piece.rows, piece.columns, hidden_.get() + piece.hidden_at, rows_out_.get());
@@ -151,8 +138,8 @@ class Forward {
   const int threads_;
   const ExpertKernels& kernels_;
   void* const pre_activations_;
-  std::unique_ptr<float[], void (*)(void*)> rows_out_;  // (N, D): what each row adds to its token
-  std::unique_ptr<float[], void (*)(void*)> hidden_;    // of the experts with few rows
+  Temporary rows_out_;  // (N, D): what each row adds to its token
+  Temporary hidden_;    // of the experts with few rows
   std::vector<RowRange> chunks_;
   std::vector<Piece> units_, outputs_;
 };
@@ -194,24 +181,23 @@ class Backward {
   // Whether there was memory for it.
   bool run() {
     if (!rows_out_ || !saved_) return false;
-    std::atomic<bool> complete{true};
     const int64_t num_whole = int64_t(whole_.size());
     const int64_t sums = sums_size({0, experts_.hidden_size}, {0, experts_.intermediate_size});
     const int64_t buffers_of_thread =
         sizes_.scratch + sizes_.hidden + sizes_.grad_gate_up + (whole_.empty() ? 0 : sums);
-    parallel(threads_, num_whole + int64_t(split_.size()), [&](int64_t index, int) {
-      float* const scratch = scratch_of_thread.room_for(buffers_of_thread);
-      if (!scratch) {
-        complete = false;
-      } else if (index < num_whole) {
-        whole_expert(whole_[size_t(index)], scratch);
+    const auto expert_or_chunk = [&](int64_t index, float* buffers) {
+      if (index < num_whole) {
+        whole_expert(whole_[size_t(index)], buffers);
       } else {
         const Chunk& chunk = split_[size_t(index - num_whole)];
-        chunk_backward(chunk.rows, hidden_of(chunk), grad_gate_up_of(chunk), scratch);
+        chunk_backward(chunk.rows, hidden_of(chunk), grad_gate_up_of(chunk), buffers);
       }
-    });
-    if (!complete) return false;
-    return gradients_of_split_experts() && (sum_rows(experts_, threads_, kernels_, rows_out_.get(), gradients_.x), true);
+    };
+    const int64_t num_tasks = num_whole + int64_t(split_.size());
+    if (!parallel_with_scratch(threads_, num_tasks, buffers_of_thread, expert_or_chunk)) return false;
+    if (!gradients_of_split_experts()) return false;
+    sum_rows(experts_, threads_, kernels_, rows_out_.get(), gradients_.x);
+    return true;
   }
 
  private:
@@ -275,22 +261,18 @@ class Backward {
 
   bool gradients_of_split_experts() const {
     const std::vector<Columns> tasks = columns_of_split_experts();
-    std::atomic<bool> complete{true};
-    parallel(threads_, int64_t(tasks.size()), [&](int64_t index, int) {
+    int64_t sums = 0;
+    for (const Columns& columns : tasks) sums = std::max(sums, sums_size(columns.gate_up, columns.down));
+    const auto gradients_of = [&](int64_t index, float* scratch) {
       const Columns& columns = tasks[size_t(index)];
-      float* const scratch = scratch_of_thread.room_for(sizes_.scratch + sums_size(columns.gate_up, columns.down));
-      if (!scratch) {
-        complete = false;
-        return;
-      }
       for (int64_t c = columns.first_chunk; c < columns.end_chunk; ++c) {
         const Chunk& chunk = split_[size_t(c)];
         kernels_.weight_gradients(experts_, chunk.rows, grad_y_, hidden_of(chunk), grad_gate_up_of(chunk),
                                   columns.gate_up, columns.down, {c == columns.first_chunk, c + 1 == columns.end_chunk},
                                   gradients_, scratch + sizes_.scratch, scratch);
       }
-    });
-    return complete;
+    };
+    return parallel_with_scratch(threads_, int64_t(tasks.size()), sizes_.scratch + sums, gradients_of);
   }
 
   std::vector<Columns> columns_of_split_experts() const {
@@ -314,8 +296,8 @@ class Backward {
   const void* const pre_activations_;
   const void* const grad_y_;
   const moesaic_expert_gradients& gradients_;
-  std::unique_ptr<float[], void (*)(void*)> rows_out_;  // (N, D): gradient of each row's copy of x
-  std::unique_ptr<float[], void (*)(void*)> saved_;     // of the split experts' chunks
+  Temporary rows_out_;  // (N, D): gradient of each row's copy of x
+  Temporary saved_;     // of the split experts' chunks
   BufferSizes sizes_;
   std::vector<int64_t> whole_;
   std::vector<Chunk> split_;
@@ -323,15 +305,7 @@ class Backward {
 
 }  // namespace
 
-extern "C" const char* const* moesaic_expert_kernels(void) {
-  static const std::vector<const char*> names = [] {
-    std::vector<const char*> found;
-    for (const ExpertKernels* one : usable_kernels(MOESAIC_FLOAT32)) found.push_back(one->name);
-    found.push_back(nullptr);
-    return found;
-  }();
-  return names.data();
-}
+extern "C" const char* const* moesaic_expert_kernels(void) { return usable_kernels().names(); }
 
 extern "C" int moesaic_experts_forward(const moesaic_experts* experts, int threads, const char* instruction_set,
                                        void* pre_activations, void* y) try {

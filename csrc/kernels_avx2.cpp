@@ -1,4 +1,6 @@
+// The experts and the operators of step.h with AVX2 and FMA.
 #include "expert_kernels.h"
+#include "step_kernels.h"
 
 #if defined(__AVX2__) && (defined(__FMA__) || defined(_MSC_VER))
 #include "vector_avx2.h"
@@ -8,8 +10,11 @@ constexpr int tile_rows = 6, tile_vectors = 2;  // 12 sums, 2 of the right facto
 constexpr int dot_rows = 2;  // times dot_columns sums, and as many of the matrix
 }
 #include "expert_math.h"
+#include "step_math.h"
 
-const ExpertKernels* moesaic_kernels_avx2(int32_t element) { return kernels_named("avx2", element); }
+const ExpertKernelsByElement* moesaic_expert_kernels_avx2() { return &expert_kernels; }
+const StepKernels* moesaic_step_kernels_avx2() { return &step_kernels; }
 #else
-const ExpertKernels* moesaic_kernels_avx2(int32_t) { return nullptr; }
+const ExpertKernelsByElement* moesaic_expert_kernels_avx2() { return nullptr; }
+const StepKernels* moesaic_step_kernels_avx2() { return nullptr; }
 #endif

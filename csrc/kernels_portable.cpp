@@ -1,4 +1,6 @@
+// The experts and the operators of step.h in plain C++.
 #include "expert_kernels.h"
+#include "step_kernels.h"
 #include "vector_portable.h"
 
 namespace {
@@ -6,5 +8,7 @@ constexpr int tile_rows = 4, tile_vectors = 2;  // what fits the 16 registers of
 constexpr int dot_rows = 2;
 }
 #include "expert_math.h"
+#include "step_math.h"
 
-const ExpertKernels* moesaic_kernels_portable(int32_t element) { return kernels_named("portable", element); }
+const ExpertKernelsByElement* moesaic_expert_kernels_portable() { return &expert_kernels; }
+const StepKernels* moesaic_step_kernels_portable() { return &step_kernels; }

@@ -2,12 +2,11 @@
 #include "packed.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <new>
 #include <vector>
 
-#include "cpu_features.h"
+#include "kernel_choice.h"
 #include "packed_kernels.h"
 #include "work_memory.h"
 
@@ -24,25 +23,11 @@ constexpr int64_t rows_of_rounding_task = 16;
 // Memory kept between calls for the records of one call, at most.
 constexpr int64_t kept_bytes = 32 << 20;
 
-// Those that run here, the best first.
-const std::vector<const PackedKernels*>& usable_kernels() {
-  static const std::vector<const PackedKernels*> usable = [] {
-    std::vector<const PackedKernels*> found;
-    if (moesaic_packed_kernels_avx512_vnni() && moesaic_cpu_reaches("avx512_vnni")) {
-      found.push_back(moesaic_packed_kernels_avx512_vnni());
-    }
-    if (moesaic_packed_kernels_avx2() && moesaic_cpu_reaches("avx2")) found.push_back(moesaic_packed_kernels_avx2());
-    found.push_back(moesaic_packed_kernels_portable());
-    return found;
-  }();
+const KernelChoice<PackedKernels>& usable_kernels() {
+  static const KernelChoice<PackedKernels> usable{{"avx512_vnni", moesaic_packed_kernels_avx512_vnni},
+                                                  {"avx2", moesaic_packed_kernels_avx2},
+                                                  {"portable", moesaic_packed_kernels_portable}};
   return usable;
-}
-
-const PackedKernels* kernels_named(const char* name) {
-  for (const PackedKernels* one : usable_kernels()) {
-    if (!name || !*name || !std::strcmp(one->name, name)) return one;
-  }
-  return nullptr;
 }
 
 bool known_format(const moesaic_packed& w) {
@@ -54,7 +39,7 @@ class Records {
  public:
   explicit Records(int64_t bytes) : own_(temporary(0)) {
     thread_local Buffer kept;
-    const int64_t floats = bytes / int64_t(sizeof(float)) + 1;  // at least one, so that NULL means there is no memory
+    const int64_t floats = divide_up(bytes, sizeof(float));
     if (bytes > kept_bytes) {
       own_ = temporary(floats);
       data_ = own_.get();
@@ -65,7 +50,7 @@ class Records {
   uint8_t* get() const { return reinterpret_cast<uint8_t*>(data_); }
 
  private:
-  std::unique_ptr<float[], void (*)(void*)> own_;
+  Temporary own_;
   float* data_;
 };
 
@@ -86,21 +71,6 @@ int64_t columns_of_task(int64_t columns, int threads) {
   return std::min(std::max<int64_t>(part, 2 * panel_outputs), most_columns_of_task);
 }
 
-// Runs task(index, scratch) for each index; whether there was memory for all of them.
-template <class Task>
-bool parallel_with_scratch(int threads, int64_t num_tasks, int64_t scratch_size, const Task& task) {
-  std::atomic<bool> complete{true};
-  parallel(threads, num_tasks, [&](int64_t index, int) {
-    float* const scratch = scratch_of_thread.room_for(scratch_size);
-    if (scratch) {
-      task(index, scratch);
-    } else {
-      complete = false;
-    }
-  });
-  return complete;
-}
-
 std::vector<RowRange> chunks_of(const moesaic_packed_experts& experts) {
   std::vector<RowRange> chunks;
   for (int64_t e = 0; e < experts.num_experts; ++e) {
@@ -113,15 +83,7 @@ std::vector<RowRange> chunks_of(const moesaic_packed_experts& experts) {
 
 }  // namespace
 
-extern "C" const char* const* moesaic_packed_kernels(void) {
-  static const std::vector<const char*> names = [] {
-    std::vector<const char*> found;
-    for (const PackedKernels* one : usable_kernels()) found.push_back(one->name);
-    found.push_back(nullptr);
-    return found;
-  }();
-  return names.data();
-}
+extern "C" const char* const* moesaic_packed_kernels(void) { return usable_kernels().names(); }
 
 extern "C" int64_t moesaic_packed_bytes(int64_t rows, int64_t columns, int64_t group_size, int64_t bits) {
   return divide_up(rows, panel_outputs) * divide_up(columns, group_size) * block_bytes(group_size, bits);
@@ -131,7 +93,7 @@ extern "C" int moesaic_packed_experts_forward(const moesaic_packed_experts* expe
                                               const char* instruction_set, float* y) try {
   const int64_t T = experts->num_tokens, D = experts->hidden_size, F = experts->intermediate_size;
   const moesaic_packed &gate_up = experts->gate_up, &down = experts->down;
-  const PackedKernels* kernels = kernels_named(instruction_set);
+  const PackedKernels* kernels = usable_kernels().named(instruction_set);
   if (!kernels) return -1;
   if (!known_format(gate_up) || !known_format(down) || gate_up.rows != 2 * F || gate_up.columns != D ||
       down.rows != D || down.columns != F) {
@@ -165,7 +127,7 @@ extern "C" int moesaic_packed_experts_forward(const moesaic_packed_experts* expe
 
 extern "C" int moesaic_packed_linear(const moesaic_packed* weight, const float* bias, const float* x, int64_t num_tokens,
                                      int threads, const char* instruction_set, float* y) try {
-  const PackedKernels* kernels = kernels_named(instruction_set);
+  const PackedKernels* kernels = usable_kernels().named(instruction_set);
   if (!kernels) return -1;
   if (!known_format(*weight)) return -3;
   const int64_t K = weight->columns;

@@ -1,14 +1,5 @@
 // Packed weights in the Python module moesaic._native.
-#include <nanobind/nanobind.h>
-
-#include "packed.h"
-
-namespace nb = nanobind;
-
-namespace {
-
-// Addresses are what a tensor's data_ptr() is, 0 for none.
-const float* floats_at(nb::handle address) { return reinterpret_cast<const float*>(nb::cast<uintptr_t>(address)); }
+#include "bindings.h"
 
 // (rows, columns, group_size, bits, table, address); the table is 16 bytes, or b"" for 8 bits, and must outlive the result.
 moesaic_packed packed(const nb::tuple& weight) {
@@ -19,49 +10,51 @@ moesaic_packed packed(const nb::tuple& weight) {
           nb::cast<int32_t>(weight[2]),
           nb::cast<int32_t>(weight[3]),
           table.size() ? reinterpret_cast<const int8_t*>(table.c_str()) : nullptr,
-          reinterpret_cast<const uint8_t*>(nb::cast<uintptr_t>(weight[5]))};
+          at<const uint8_t>(weight[5])};
 }
+
+moesaic_packed_experts packed_experts(const nb::tuple& described) {
+  const nb::tuple sizes = described[0], activation = described[1], biases = described[2];
+  moesaic_packed_experts experts{};
+  experts.num_experts = nb::cast<int64_t>(sizes[0]), experts.hidden_size = nb::cast<int64_t>(sizes[1]);
+  experts.intermediate_size = nb::cast<int64_t>(sizes[2]);
+  experts.activation = nb::cast<int32_t>(activation[0]);
+  experts.limit = nb::cast<float>(activation[1]), experts.alpha = nb::cast<float>(activation[2]);
+  experts.gate_up_bias = at<const float>(biases[0]), experts.down_bias = at<const float>(biases[1]);
+  experts.gate_up = packed(described[3]), experts.down = packed(described[4]);
+  return experts;
+}
+
+namespace {
 
 int packed_linear(nb::tuple weight, uintptr_t bias, uintptr_t x, int64_t num_tokens, int threads,
                   const char* instruction_set, uintptr_t y) {
   const moesaic_packed matrix = packed(weight);
   nb::gil_scoped_release unlocked;
-  return moesaic_packed_linear(&matrix, reinterpret_cast<const float*>(bias), reinterpret_cast<const float*>(x),
-                               num_tokens, threads, instruction_set, reinterpret_cast<float*>(y));
+  return moesaic_packed_linear(&matrix, at<const float>(bias), at<const float>(x), num_tokens, threads, instruction_set,
+                               at<float>(y));
 }
 
-int packed_experts_forward(nb::tuple sizes, nb::tuple activation, uintptr_t plan, nb::tuple inputs, nb::tuple gate_up,
-                           nb::tuple down, int threads, const char* instruction_set, uintptr_t y) {
-  const auto size = [&](int i) { return nb::cast<int64_t>(sizes[i]); };
-  moesaic_packed_experts experts{};
-  experts.num_tokens = size(0), experts.num_rows = size(1), experts.num_experts = size(2);
-  experts.hidden_size = size(3), experts.intermediate_size = size(4);
-  experts.activation = nb::cast<int32_t>(activation[0]);
-  experts.limit = nb::cast<float>(activation[1]), experts.alpha = nb::cast<float>(activation[2]);
-  experts.plan = moesaic_plan_view(reinterpret_cast<const int32_t*>(plan), size(0), size(1), size(2));
-  experts.x = floats_at(inputs[0]), experts.row_weights = floats_at(inputs[1]);
-  experts.gate_up_bias = floats_at(inputs[2]), experts.down_bias = floats_at(inputs[3]);
-  experts.gate_up = packed(gate_up), experts.down = packed(down);
+int packed_experts_forward(nb::tuple described, int64_t num_tokens, int64_t num_rows, uintptr_t plan, uintptr_t x,
+                           uintptr_t row_weights, int threads, const char* instruction_set, uintptr_t y) {
+  moesaic_packed_experts experts = packed_experts(described);
+  experts.num_tokens = num_tokens, experts.num_rows = num_rows;
+  experts.plan = moesaic_plan_view(at<const int32_t>(plan), num_tokens, num_rows, experts.num_experts);
+  experts.x = at<const float>(x), experts.row_weights = at<const float>(row_weights);
   nb::gil_scoped_release unlocked;
-  return moesaic_packed_experts_forward(&experts, threads, instruction_set, reinterpret_cast<float*>(y));
+  return moesaic_packed_experts_forward(&experts, threads, instruction_set, at<float>(y));
 }
 
 }  // namespace
 
 void bind_packed(nb::module_& module) {
-  module.def(
-      "packed_kernels",
-      [] {
-        nb::list names;
-        for (const char* const* name = moesaic_packed_kernels(); *name; ++name) names.append(*name);
-        return names;
-      },
-      "Instruction sets whose packed kernels run here, the best first.");
+  module.def("packed_kernels", &list_of<moesaic_packed_kernels>,
+             "Instruction sets whose packed kernels run here, the best first.");
   module.def("packed_bytes", &moesaic_packed_bytes, nb::arg("rows"), nb::arg("columns"), nb::arg("group_size"),
              nb::arg("bits"), "Bytes of one packed matrix.");
   module.def("packed_linear", &packed_linear, nb::arg("weight"), nb::arg("bias"), nb::arg("x"), nb::arg("num_tokens"),
              nb::arg("threads"), nb::arg("instruction_set"), nb::arg("y"), "See moesaic_packed_linear in packed.h.");
-  module.def("packed_experts_forward", &packed_experts_forward, nb::arg("sizes"), nb::arg("activation"), nb::arg("plan"),
-             nb::arg("inputs"), nb::arg("gate_up"), nb::arg("down"), nb::arg("threads"), nb::arg("instruction_set"),
-             nb::arg("y"), "See moesaic_packed_experts_forward in packed.h.");
+  module.def("packed_experts_forward", &packed_experts_forward, nb::arg("experts"), nb::arg("num_tokens"),
+             nb::arg("num_rows"), nb::arg("plan"), nb::arg("x"), nb::arg("row_weights"), nb::arg("threads"),
+             nb::arg("instruction_set"), nb::arg("y"), "See moesaic_packed_experts_forward in packed.h.");
 }

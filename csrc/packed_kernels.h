@@ -34,7 +34,6 @@ constexpr int64_t matrix_bytes(const moesaic_packed& w) { return divide_up(w.row
 }  // namespace
 
 struct PackedKernels {
-  const char* name;
   int64_t scratch_size;  // floats that a call of the other functions needs
 
   // The record of one row of `columns` inputs.

@@ -100,10 +100,7 @@ inline int32_t round_group(const float* x, float inverse, int count, int8_t* cod
 #define MOESAIC_UNROLL_QUADS MOESAIC_UNROLL
 #include "packed_math.h"
 
-const PackedKernels* moesaic_packed_kernels_avx2() {
-  static const PackedKernels kernels = packed_kernels_named("avx2");
-  return &kernels;
-}
+const PackedKernels* moesaic_packed_kernels_avx2() { return &packed_kernels; }
 #else
 const PackedKernels* moesaic_packed_kernels_avx2() { return nullptr; }
 #endif

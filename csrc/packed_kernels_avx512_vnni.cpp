@@ -83,10 +83,7 @@ inline int32_t round_group(const float* x, float inverse, int count, int8_t* cod
 #define MOESAIC_UNROLL_QUADS MOESAIC_UNROLL
 #include "packed_math.h"
 
-const PackedKernels* moesaic_packed_kernels_avx512_vnni() {
-  static const PackedKernels kernels = packed_kernels_named("avx512_vnni");
-  return &kernels;
-}
+const PackedKernels* moesaic_packed_kernels_avx512_vnni() { return &packed_kernels; }
 #else
 const PackedKernels* moesaic_packed_kernels_avx512_vnni() { return nullptr; }
 #endif

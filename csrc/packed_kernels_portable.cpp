@@ -102,7 +102,4 @@ inline int32_t round_group(const float* x, float inverse, int count, int8_t* cod
 #define MOESAIC_UNROLL_QUADS
 #include "packed_math.h"
 
-const PackedKernels* moesaic_packed_kernels_portable() {
-  static const PackedKernels kernels = packed_kernels_named("portable");
-  return &kernels;
-}
+const PackedKernels* moesaic_packed_kernels_portable() { return &packed_kernels; }

@@ -1,5 +1,5 @@
 // Linear layers and experts with packed weights for one thread, in terms of packed_product.h and gated_activation.h.
-// Internal linkage, like these. The including file calls packed_kernels_named() to make its table.
+// Internal linkage, like these. The including file hands out packed_kernels.
 //
 // m rows, D hidden size, F expert intermediate size, G group size.
 #pragma once
@@ -135,8 +135,6 @@ void linear(const moesaic_packed& w, const float* bias, RowRange tokens, ColumnR
   for_each_pair(w, 0, bias, tokens.count, columns, scratch, write);
 }
 
-PackedKernels packed_kernels_named(const char* name) {
-  return {name, Scratch::size(), round_row, hidden, add_outputs, linear};
-}
+constexpr PackedKernels packed_kernels{Scratch::size(), round_row, hidden, add_outputs, linear};
 
 }  // namespace

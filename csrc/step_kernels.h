@@ -4,12 +4,15 @@
 #include "step.h"
 
 struct StepKernels {
-  const char* name;
-
   void (*rms_norm)(const float* x, const float* weight, int64_t size, float eps, float* y);
 
-  // One key-value head of one sequence. `scratch` has room for scratch_of_attend().
-  void (*attend)(const moesaic_attention_step& step, int64_t sequence, int64_t head, float* scratch, float* y);
+  // Root mean squares over all heads of tokens first .. last - 1, into rms (B L, 2): the query's, then the key's.
+  void (*rms_of_rows)(const moesaic_attention_step& step, int64_t first, int64_t last, float* rms);
+
+  // One key-value head of one sequence. `rms` is read for MOESAIC_QK_NORM_WIDTH alone. `scratch` has room for
+  // scratch_of_attend().
+  void (*attend)(const moesaic_attention_step& step, int64_t sequence, int64_t head, const float* rms, float* scratch,
+                 float* y);
 
   // Tokens first .. last - 1. `scratch` has room for E floats.
   void (*route)(const moesaic_router_step& step, int64_t first, int64_t last, float* scratch, float* logits,

@@ -1,5 +1,5 @@
 // The operators of step.h in terms of `Vector`, for one thread. Internal linkage: each instruction set compiles it anew.
-// The including file calls step_kernels_named() to make its table.
+// The including file hands out step_kernels.
 #pragma once
 
 #include <math.h>
@@ -38,15 +38,24 @@ void rotate(const moesaic_attention_step& step, const float* cosine, const float
   }
 }
 
-// One projected head (d), which is part of a row of `width` over all heads: normalised and rotated into `to`.
-void place_head(const moesaic_attention_step& step, const float* row, int64_t width, int64_t head, const float* norm,
-                int64_t token, float* to) {
+void rms_of_rows(const moesaic_attention_step& step, int64_t first, int64_t last, float* rms) {
+  const int64_t query_width = step.num_heads * step.head_dim, key_width = step.num_key_value_heads * step.head_dim;
+  for (int64_t t = first; t < last; ++t) {
+    rms[2 * t] = root_mean_square(step.query + t * query_width, query_width, step.norm_eps);
+    rms[2 * t + 1] = root_mean_square(step.key + t * key_width, key_width, step.norm_eps);
+  }
+}
+
+// One projected head (d), which is part of a token's row over all heads, with its root mean square where that is needed:
+// normalised and rotated into `to`.
+void place_head(const moesaic_attention_step& step, const float* row, const float* row_rms, int64_t head,
+                const float* norm, int64_t token, float* to) {
   const int64_t d = step.head_dim;
   const float* const from = row + head * d;
   if (step.qk_norm == MOESAIC_QK_NORM_HEAD) {
     divide_by(root_mean_square(from, d, step.norm_eps), from, norm, d, to);
   } else if (step.qk_norm == MOESAIC_QK_NORM_WIDTH) {
-    divide_by(root_mean_square(row, width, step.norm_eps), from, norm + head * d, d, to);
+    divide_by(*row_rms, from, norm + head * d, d, to);
   } else {
     copy_floats(from, d, to);
   }
@@ -116,14 +125,14 @@ void weigh_values(const float* weights, const float* values, int64_t S, int64_t 
   }
 }
 
-void attend(const moesaic_attention_step& step, int64_t b, int64_t g, float* scratch, float* y) {
+void attend(const moesaic_attention_step& step, int64_t b, int64_t g, const float* rms, float* scratch, float* y) {
   const int64_t d = step.head_dim, L = step.num_new, S = step.num_keys;
   const int64_t H = step.num_heads, G = step.num_key_value_heads, shared_by = H / G;
   float* const keys = step.keys + (b * G + g) * step.cache_capacity * d;
   float* const values = step.values + (b * G + g) * step.cache_capacity * d;
   for (int64_t l = 0; l < L; ++l) {
     const int64_t token = b * L + l, slot = S - L + l;
-    place_head(step, step.key + token * G * d, G * d, g, step.key_norm, token, keys + slot * d);
+    place_head(step, step.key + token * G * d, rms + 2 * token + 1, g, step.key_norm, token, keys + slot * d);
     copy_floats(step.value + (token * G + g) * d, d, values + slot * d);
   }
   float* const query = scratch;
@@ -132,7 +141,7 @@ void attend(const moesaic_attention_step& step, int64_t b, int64_t g, float* scr
     const int64_t token = b * L + l;
     const uint8_t* const mask = step.mask + b * step.mask_stride + l * S;
     for (int64_t h = g * shared_by; h < (g + 1) * shared_by; ++h) {
-      place_head(step, step.query + token * H * d, H * d, h, step.query_norm, token, query);
+      place_head(step, step.query + token * H * d, rms + 2 * token, h, step.query_norm, token, query);
       score_keys(step, query, keys, mask, scores);
       const float most = largest_of(scores, S, step.sinks ? step.sinks[h] : -INFINITY);
       float sum = exponentials(scores, S, most);
@@ -185,6 +194,6 @@ void route(const moesaic_router_step& step, int64_t first, int64_t last, float* 
   }
 }
 
-constexpr StepKernels step_kernels_named(const char* name) { return {name, rms_norm, attend, route}; }
+constexpr StepKernels step_kernels{rms_norm, rms_of_rows, attend, route};
 
 }  // namespace

@@ -3,12 +3,12 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 #if !defined(_WIN32)
-#include <unistd.h>
+#include <pthread.h>
 #endif
 #if defined(__linux__)
 #include <dlfcn.h>
@@ -22,14 +22,18 @@ namespace {
 // Long enough to bridge the gap between the phases of one call, short enough not to be in the way of another pool.
 constexpr std::chrono::microseconds spin_time(40);
 constexpr int most_threads = 1024;
+// Longer than a thread that is spinning or sleeping takes to come, shorter than the turn of another program.
+constexpr std::chrono::microseconds patience(300);
+// For so long nobody asks for it again.
+constexpr std::chrono::milliseconds without_team(200);
+using Clock = std::chrono::steady_clock;
 
-long process_id() {
-#if defined(_WIN32)
-  return 0;  // no fork()
-#else
-  return long(getpid());
+// How many forks lie between the process that loaded this and the one that runs it. A process's number would not do: in
+// another namespace a child may have its parent's, and long after its grandparent's end that one's.
+std::atomic<int> forks{0};
+#if !defined(_WIN32)
+[[maybe_unused]] const int counted = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1); });
 #endif
-}
 
 void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -65,26 +69,24 @@ void set_float_mode(uint64_t mode) {
 // Spins until `done()` or the time is over; whether it is done.
 template <class Done>
 bool spin_until(Done done) {
-  const auto stop = std::chrono::steady_clock::now() + spin_time;
+  const auto stop = Clock::now() + spin_time;
   do {
     for (int i = 0; i < 16; ++i) {
       if (done()) return true;
       relax();
     }
-  } while (std::chrono::steady_clock::now() < stop);
+  } while (Clock::now() < stop);
   return done();
 }
 
 // How compilers start a team of OpenMP threads: each runs part(data), the caller among them.
 using StartTeam = void (*)(void (*part)(void*), void* data, unsigned threads, unsigned flags);
 
-const long loaded_by = process_id();
-
 // That of the OpenMP threads which torch keeps, or NULL: where they are, threads of our own would take turns with theirs,
 // which spin for milliseconds after each of torch's operators. Not after fork(), which leaves a child without them.
 StartTeam torchs_team() {
 #if defined(__linux__)
-  if (process_id() != loaded_by) return nullptr;
+  if (forks.load()) return nullptr;
   void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
   if (!torch) return nullptr;
   void* const start = dlsym(torch, "GOMP_parallel");  // also found in what libtorch_cpu.so was linked to
@@ -104,36 +106,55 @@ struct Job {
 
 thread_local bool inside_a_task = false;
 
+// Says so for as long as it lives, also within another one.
+struct InsideATask {
+  const bool before = inside_a_task;
+  InsideATask() { inside_a_task = true; }
+  ~InsideATask() { inside_a_task = before; }
+};
+
 class Pool {
  public:
-  Pool() : owner(process_id()), start_team_(torchs_team()) {}
+  Pool() : start_team_(torchs_team()) {}
 
   void run(const Job& job, int threads) {
-    if (start_team_) {
+    if (start_team_ && Clock::now() >= no_team_before_) {
       run_with_team(job, threads);
     } else {
       run_with_own_threads(job, threads);
     }
   }
 
-  const long owner;
+  const int born_after = forks.load();  // so many forks
   std::mutex busy;
 
  private:
   // `threads` may exceed the number of tasks: a team that keeps its size keeps its threads.
+  //
+  // A team ends when all its members have come, even those who find nothing left to do. Where other programs keep one of
+  // them from running, each call would wait for its turn; own threads, which need not come, are then the better ones.
   void run_with_team(const Job& job, int threads) {
     job_ = job;
+    caller_ = std::this_thread::get_id();
+    absent_since_ = Clock::time_point::max();
+    members_ = threads;
     next_.store(0, std::memory_order_relaxed);
-    running_.store(0, std::memory_order_relaxed);
+    present_.store(0, std::memory_order_relaxed);
     const auto member = [](void* data) {
       Pool& pool = *static_cast<Pool*>(data);
-      const int worker = pool.running_.fetch_add(1, std::memory_order_relaxed);
+      const int worker = pool.present_.fetch_add(1, std::memory_order_relaxed);
       const uint64_t before = float_mode();
       set_float_mode(pool.job_.mode);
       pool.work(pool.job_, worker);
       set_float_mode(before);
+      if (pool.caller_ == std::this_thread::get_id() && pool.present_.load(std::memory_order_relaxed) < pool.members_) {
+        pool.absent_since_ = Clock::now();
+      }
     };
     start_team_(member, this, unsigned(threads), 0);
+    if (absent_since_ == Clock::time_point::max()) return;
+    const Clock::time_point now = Clock::now();
+    if (now - absent_since_ > patience) no_team_before_ = now + without_team;
   }
 
   void run_with_own_threads(const Job& job, int threads) {
@@ -163,7 +184,7 @@ class Pool {
   void grow(int workers) {
     try {
       for (; workers_ < workers; ++workers_) std::thread([this] { serve(); }).detach();
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
     }
   }
 
@@ -193,16 +214,19 @@ class Pool {
   }
 
   void work(const Job& job, int worker) {
-    inside_a_task = true;
+    const InsideATask inside;
     for (;;) {
       const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
       if (index >= job.num_tasks) break;
       job.task(job.data, index, worker);
     }
-    inside_a_task = false;
   }
 
   const StartTeam start_team_;
+  Clock::time_point absent_since_, no_team_before_{};  // of the team, as are these three
+  std::thread::id caller_;
+  int members_ = 0;
+  std::atomic<int> present_{0};
   std::mutex mutex_;
   std::condition_variable wake_, finished_;
   Job job_;                           // guarded by mutex_, as are the plain numbers below
@@ -217,7 +241,7 @@ class Pool {
 Pool& pool() {
   static std::atomic<Pool*> current{nullptr};
   Pool* found = current.load(std::memory_order_acquire);
-  while (!found || found->owner != process_id()) {
+  while (!found || found->born_after != forks.load()) {
     Pool* fresh = new Pool;
     if (current.compare_exchange_strong(found, fresh, std::memory_order_acq_rel)) return *fresh;
     delete fresh;
@@ -237,5 +261,6 @@ extern "C" void moesaic_parallel(int threads, int64_t num_tasks, void (*task)(vo
       return;
     }
   }
+  const InsideATask inside;
   for (int64_t i = 0; i < num_tasks; ++i) task(data, i, 0);
 }

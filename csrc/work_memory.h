@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -16,8 +17,9 @@
 // Memory that is kept from call to call, so that it need not be faulted in again.
 class Buffer {
  public:
-  // NULL when there is no memory.
+  // NULL only when there is no memory: there is always room for one.
   float* room_for(int64_t floats) {
+    floats = std::max<int64_t>(floats, 1);
     if (floats > capacity_) {
       constexpr size_t page = 2 << 20;
       const size_t bytes = (size_t(floats) * sizeof(float) + page - 1) / page * page;
@@ -66,7 +68,23 @@ void parallel(int threads, int64_t num_tasks, const Task& task) {
       const_cast<Task*>(&task));
 }
 
+// Runs task(index, scratch) for each index, with so many floats of scratch; whether there was memory for all of them.
+template <class Task>
+bool parallel_with_scratch(int threads, int64_t num_tasks, int64_t scratch_size, const Task& task) {
+  std::atomic<bool> complete{true};
+  parallel(threads, num_tasks, [&](int64_t index, int) {
+    float* const scratch = scratch_of_thread.room_for(scratch_size);
+    if (scratch) {
+      task(index, scratch);
+    } else {
+      complete = false;
+    }
+  });
+  return complete;
+}
+
 // Memory of one call, or NULL.
-inline std::unique_ptr<float[], void (*)(void*)> temporary(int64_t floats) {
+using Temporary = std::unique_ptr<float[], void (*)(void*)>;
+inline Temporary temporary(int64_t floats) {
   return {static_cast<float*>(std::malloc(size_t(std::max<int64_t>(floats, 1)) * sizeof(float))), std::free};
 }

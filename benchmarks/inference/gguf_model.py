@@ -85,18 +85,13 @@ def _add_config(writer: Any, config: ModelConfig) -> None:
 
 def _tensors(model: Transformer) -> list[tuple[str, Tensor]]:
     """All tensors by llama.cpp's names, as views."""
-    ours = model.state_dict()
     named = [
-        ("token_embd", ours["embed_tokens.weight"]),
-        ("output_norm", ours["norm.weight"]),
+        ("token_embd", model.embed_tokens.weight),
+        ("output_norm", model.norm.weight),
         ("output", model.head_weight),
     ]
     for layer in range(model.config.num_hidden_layers):
-        block = {
-            name.removeprefix(f"layers.{layer}."): tensor
-            for name, tensor in ours.items()
-            if name.startswith(f"layers.{layer}.")
-        }
+        block = model.layers[layer].state_dict()
         gate_EFD, up_EFD = block["feed_forward.experts.gate_up"].chunk(2, dim=1)
         named += [
             (f"blk.{layer}.attn_norm", block["attention_norm.weight"]),

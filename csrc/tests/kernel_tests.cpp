@@ -4,29 +4,16 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "bfloat16.h"
 #include "experts.h"
+#include "random_tests.h"
 #include "thread_pool.h"
 
 namespace {
-
-std::mt19937 random_bits;
-int failures = 0;
-
-int64_t below(int64_t count) { return int64_t(random_bits() % uint64_t(count)); }
-
-void expect(bool holds, const std::string& what) {
-  if (holds) return;
-  ++failures;
-  std::printf("wrong: %s\n", what.c_str());
-}
 
 using Numbers = std::vector<double>;
 
@@ -271,7 +258,7 @@ void test_a_wrong_routing_is_refused() {
   expect(moesaic_make_plan(tokens, experts, 2, 3, 5, plan.data()) == 2, "token 2 of 2");
 }
 
-// Every index once, whoever else is at work, also from inside a task.
+// Every index once, whoever else is at work, also from inside a task, where the thread has no others to help it.
 void test_threads_run_every_task_once() {
   struct Counts {
     std::vector<std::atomic<int>> times;
@@ -285,8 +272,11 @@ void test_threads_run_every_task_once() {
         Counts& counted = *static_cast<Counts*>(data);
         if (worker >= counted.threads) std::abort();
         counted.times[size_t(index)] += 1;
-        moesaic_parallel(4, 3, [](void* inner, int64_t, int) { ++*static_cast<std::atomic<int>*>(inner); },
-                         &counted.times[size_t(index)]);
+        const auto inner_task = [](void* times, int64_t, int inner_worker) {
+          if (inner_worker != 0) std::abort();
+          ++*static_cast<std::atomic<int>*>(times);
+        };
+        moesaic_parallel(4, 3, inner_task, &counted.times[size_t(index)]);
       };
       moesaic_parallel(counts.threads, num_tasks, task, &counts);
       for (const std::atomic<int>& times : counts.times) {
@@ -303,11 +293,9 @@ void test_threads_run_every_task_once() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  random_bits.seed(argc > 1 ? unsigned(std::atoll(argv[1])) : 0);
-  const int layers = argc > 2 ? std::atoi(argv[2]) : 40;
+  const Arguments arguments(argc, argv);
   test_threads_run_every_task_once();
   test_a_wrong_routing_is_refused();
-  for (int i = 0; i < layers; ++i) test_layer();
-  std::printf("%d wrong\n", failures);
-  return failures ? 1 : 0;
+  for (int64_t i = arguments.get(2, 40); i > 0; --i) test_layer();
+  return verdict();
 }

@@ -2,36 +2,15 @@
 // every array has exactly its size. The first argument seeds the random sizes and numbers. Prints what is wrong and exits
 // with 1.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "packed.h"
+#include "random_tests.h"
 
 namespace {
-
-std::mt19937 random_bits;
-int failures = 0;
-
-int64_t below(int64_t count) { return int64_t(random_bits() % uint64_t(count)); }
-
-double normal(double size) { return std::normal_distribution<double>(0.0, size)(random_bits); }
-
-std::vector<float> numbers(int64_t count, double size) {
-  std::vector<float> drawn(static_cast<size_t>(count));
-  for (float& one : drawn) one = float(normal(size));
-  return drawn;
-}
-
-void expect(bool holds, const std::string& what) {
-  if (holds) return;
-  ++failures;
-  std::printf("wrong: %s\n", what.c_str());
-}
 
 // Matrices (count, N, K) of random codes, and what they stand for.
 struct Packed {
@@ -369,16 +348,14 @@ void test_wrong_formats_are_refused() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  random_bits.seed(argc > 1 ? unsigned(std::atoll(argv[1])) : 0);
-  const int cases = argc > 2 ? std::atoi(argv[2]) : 40;
-  const int64_t most_rows = argc > 3 ? std::atoll(argv[3]) : 420;
+  const Arguments arguments(argc, argv);
+  const int64_t most_rows = arguments.get(3, 420);
   test_no_rows_are_no_failure();  // the first call of the process: no memory is there yet
   test_wrong_formats_are_refused();
-  for (int i = 0; i < cases; ++i) {
+  for (int64_t i = arguments.get(2, 40); i > 0; --i) {
     test_what_is_not_finite_stays_so();
     test_linear(most_rows);
     test_layer(most_rows);
   }
-  std::printf("%d wrong\n", failures);
-  return failures ? 1 : 0;
+  return verdict();
 }

@@ -2,27 +2,13 @@
 // are held against torch elsewhere; here all instruction sets and numbers of threads must agree. The first argument seeds
 // the random sizes and numbers. Prints what is wrong and exits with 1.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <random>
 #include <string>
 #include <vector>
 
+#include "random_tests.h"
 #include "step.h"
 
 namespace {
-
-std::mt19937 random_bits;
-int failures = 0;
-
-int64_t below(int64_t count) { return int64_t(random_bits() % uint64_t(count)); }
-
-std::vector<float> numbers(int64_t count) {
-  std::normal_distribution<float> normal;
-  std::vector<float> drawn(static_cast<size_t>(count));
-  for (float& one : drawn) one = normal(random_bits);
-  return drawn;
-}
 
 using Results = std::vector<std::vector<float>>;
 
@@ -40,10 +26,8 @@ void agree(const std::string& what, double tolerance, const Compute& compute) {
         close &= std::abs(double(alone[i][j]) - expected[i][j]) <= tolerance * (1 + std::abs(expected[i][j]));
       }
     }
-    if (!close || compute(set, 3) != alone) {
-      ++failures;
-      std::printf("wrong: %s with %s: %s\n", what.c_str(), set, close ? "the threads decide" : "other numbers");
-    }
+    expect(close, what + " with " + set + ": other numbers");
+    expect(compute(set, 3) == alone, what + " with " + set + ": the threads decide");
   }
 }
 
@@ -105,13 +89,12 @@ void test_route() {
 
 }  // namespace
 
-int main(int count, char** arguments) {
-  random_bits.seed(uint32_t(count > 1 ? std::atoll(arguments[1]) : 0));
-  const int cases = count > 2 ? std::atoi(arguments[2]) : 20;
-  for (int i = 0; i < cases; ++i) {
+int main(int argc, char** argv) {
+  const Arguments arguments(argc, argv);
+  for (int64_t i = arguments.get(2, 20); i > 0; --i) {
     test_rms_norm();
     test_attend();
     test_route();
   }
-  return failures ? 1 : 0;
+  return verdict();
 }

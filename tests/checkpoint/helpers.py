@@ -6,8 +6,11 @@ from typing import Any
 import torch
 import transformers
 
-from moesaic.config import ModelConfig, MoEConfig
+from moesaic.checkpoint.run_state import save_run_state
+from moesaic.config import ModelConfig, MoEConfig, TrainConfig
+from moesaic.config_io import to_mapping, write_train_config
 from moesaic.model.transformer import Transformer
+from moesaic.tokenizer import byte_tokenizer
 
 from .family_cases import VOCAB_SIZE
 
@@ -81,4 +84,16 @@ CONFIGS = {
 def random_model(config: ModelConfig) -> Transformer:
     model = Transformer(config).eval()
     randomize(model)
+    return model
+
+
+def make_run(directory: Path, config: ModelConfig) -> Transformer:
+    """A run directory as training leaves it, and its model."""
+    directory.mkdir()
+    model = random_model(config)
+    train_config = TrainConfig(model=config, sequence_length=32)
+    write_train_config(train_config, directory / "config.json")
+    byte_tokenizer().save(directory)
+    extra = {"config": to_mapping(train_config), "tokenizer": byte_tokenizer().fingerprint}
+    save_run_state(directory, 1, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, extra)
     return model

@@ -166,7 +166,10 @@ def test_names_are_those_of_a_plain_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "awq", "bits": 4}, "quant_method 'awq'; only fp8 and mxfp4 are read: use the checkpoint"),
+        (
+            {"quant_method": "awq", "bits": 4},
+            "quant_method 'awq'; only fp8, mxfp4 and moesaic are read: use the",
+        ),
         ({"quant_method": "compressed-tensors"}, "'compressed-tensors'"),
         ({"load_in_4bit": True}, "quant_method None"),
         ({"quant_method": ["fp8"]}, r"quant_method \['fp8'\]"),

@@ -98,6 +98,29 @@ def test_formats_that_the_files_contradict_are_refused(quantized: Path, formats:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"formats": {**GOOD["formats"], "experts": "mxfp4"}},  # of the same shape as int4
+        {"formats": dict.fromkeys(GOOD["formats"], "mxfp4")},
+        {"scheme": "int8"},
+        {"scheme": "mxfp4"},
+        {"formats": dict.fromkeys(GOOD["formats"], "int8")},
+    ],
+)
+def test_formats_of_another_scheme_are_refused(quantized: Path, values: dict[str, Any]) -> None:
+    change_config(quantized, quantization_config=GOOD | values)
+    with pytest.raises(MoesaicError, match=r"packed: config\.json: .* which are not those of scheme \w+; quantise"):
+        load(quantized)
+
+
+@pytest.mark.parametrize("values", [None, {"quant_method": "fp8"}, {"quant_method": "mxfp4"}])
+def test_packed_weights_without_their_config_are_recognised(quantized: Path, values: Any) -> None:
+    change_config(quantized, quantization_config=values)
+    with pytest.raises(MoesaicError, match=r"holds packed weights of moesaic, such as .*; copy the config\.json"):
+        load(quantized)
+
+
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape", "type", "plain", "cut short", "no method"])
 def test_files_that_contradict_their_config_are_refused(quantized: Path, change: str) -> None:
     file = quantized / "model.safetensors"

@@ -20,11 +20,9 @@ from moesaic.checkpoint import quantize as quantizing
 from moesaic.checkpoint.load import load, load_tokenizer
 from moesaic.checkpoint.packed import pack_mxfp4
 from moesaic.checkpoint.quantize import quantize
-from moesaic.checkpoint.run_state import save_run_state
 from moesaic.checkpoint.save import export_model
 from moesaic.checkpoint.upcycle import Upcycling, upcycle
-from moesaic.config import ModelConfig, MoEConfig, TrainConfig
-from moesaic.config_io import to_mapping, write_train_config
+from moesaic.config import ModelConfig, MoEConfig
 from moesaic.errors import MoesaicError, UsageError
 from moesaic.model.quantize import make_quantization, packed_weights, quantize_model
 from moesaic.model.transformer import Transformer
@@ -34,7 +32,7 @@ from moesaic.weight_reader import WeightDirectory, read_safetensors
 from moesaic.weights_io import write_safetensors
 
 from .family_cases import FAMILY_CASES, GPT_OSS
-from .helpers import BASE, CONFIGS, random_model, random_tokens, save_hf_model
+from .helpers import BASE, CONFIGS, make_run, random_model, random_tokens, save_hf_model
 
 FAMILIES = ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "deepseek_v2", "gpt_oss", "dbrx", "granitemoe",
             "llama4_text", "phimoe", "qwen3", "minimax_m2 whole heads turned, yarn, tied"]  # fmt: skip
@@ -114,18 +112,6 @@ def test_a_published_mxfp4_model_stays_what_it_is(tmp_path: Path) -> None:
     assert load(tmp_path / "int4").config == plain.config
 
 
-def make_run(directory: Path, config: ModelConfig) -> Transformer:
-    """A run directory as training leaves it."""
-    directory.mkdir()
-    model = random_model(config)
-    train_config = TrainConfig(model=config, sequence_length=32)
-    write_train_config(train_config, directory / "config.json")
-    byte_tokenizer().save(directory)
-    extra = {"config": to_mapping(train_config), "tokenizer": byte_tokenizer().fingerprint}
-    save_run_state(directory, 1, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, extra)
-    return model
-
-
 def test_a_run_becomes_a_quantised_directory(tmp_path: Path) -> None:
     config = replace(CONFIGS["sigmoid, shared, partial rope"], vocab_size=257)
     model = make_run(tmp_path / "run", config)
@@ -201,6 +187,39 @@ def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(MoesaicError, match=r"layers\.0\.feed_forward\.experts\.gate_up would stay as they are"):
         quantize(tmp_path / "plain", out, "int4")
     assert sorted(os.listdir(tmp_path)) == sorted([*before, "broken"])
+
+
+def test_the_model_itself_stays_as_it_is(tmp_path: Path) -> None:
+    export(random_model(CONFIGS["softmax"]), tmp_path / "plain")
+    make_run(tmp_path / "run", replace(CONFIGS["softmax"], vocab_size=257))
+    dense = random_model(CONFIGS["dense"])
+    export(dense, tmp_path / "dense")
+    (tmp_path / "link").symlink_to("plain")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for source, out in (("plain", "plain/a"), ("run", "run/states/a"), ("link", "plain/a"), ("plain", "link/a")):
+        with pytest.raises(UsageError, match=f"lies inside the model .*{source}; name a directory outside"):
+            quantize(tmp_path / source, tmp_path / out, "int4")
+    with pytest.raises(UsageError, match="lies inside the model"):
+        upcycle(tmp_path / "dense", tmp_path / "dense" / "sparse", Upcycling(num_experts=4, top_k=2))
+    with pytest.raises(UsageError, match=r"exists and is not empty; name a new directory$"):
+        quantize(tmp_path / "plain", tmp_path / "plain", "int4")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_file_of_the_model_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(random_model(CONFIGS["softmax"]), tmp_path / "plain")
+    (tmp_path / "plain" / "merges.txt").write_text("a b")
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == tmp_path / "plain" / "merges.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(MoesaicError, match=r"cannot read .*plain/merges\.txt: Permission denied"):
+        quantize(tmp_path / "plain", tmp_path / "out", "int4")
+    assert os.listdir(tmp_path) == ["plain"]
 
 
 def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from moesaic.checkpoint.load import load, load_tokenizer
-from moesaic.checkpoint.save import export_model
+from moesaic.checkpoint.save import export_model, new_directory
 from moesaic.config import ModelConfig
 from moesaic.errors import MoesaicError, UsageError
 from moesaic.tokenizer import byte_tokenizer
@@ -53,6 +53,45 @@ def test_scaling_that_qwen3_moe_cannot_say_goes_into_the_experts(tmp_path: Path,
     original = ours.state_dict()["layers.1.feed_forward.experts.down"]
     assert torch.equal(restored, original) or not exact
     torch.testing.assert_close(restored, original)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("full", "exists and is not empty; name a new directory"),
+        ("/", "exists and is not empty; name a new directory"),
+        ("file", "cannot be a directory, because .*/file is a file"),
+        ("file/a/b", "cannot be a directory, because .*/file is a file"),
+        ("loop", "leads to itself|loop"),
+        ("/proc", "exists and is not empty"),
+    ],
+)
+def test_where_nothing_can_be_new(tmp_path: Path, path: str, message: str) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match=message) as caught:
+        new_directory(tmp_path / path)
+    assert "rm " not in str(caught.value)
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "disk")
+    with pytest.raises(UsageError, match=r"mount point, .* name a directory in it: .*/disk/model"):
+        new_directory(tmp_path / "disk")
+
+
+def test_links_are_followed_and_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "dangling").symlink_to("later")
+    for name, target in (("link", "empty"), ("dangling", "later"), ("~/home", "home"), ("no/../plain", "plain")):
+        export_model(random_model(CONFIGS["dense"]), None, Path(name) if name[0] == "~" else tmp_path / name)
+        assert (tmp_path / target / "config.json").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "empty", "home", "later", "link", "plain"]
+    assert (tmp_path / "link").is_symlink()
 
 
 EXPORT = """

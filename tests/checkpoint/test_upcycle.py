@@ -16,18 +16,16 @@ import transformers
 
 from moesaic.checkpoint.load import load, load_tokenizer
 from moesaic.checkpoint.plain_model import COMPANIONS
-from moesaic.checkpoint.run_state import save_run_state
 from moesaic.checkpoint.save import export_model
 from moesaic.checkpoint.upcycle import Upcycling, upcycle
-from moesaic.config import ModelConfig, TrainConfig
-from moesaic.config_io import to_mapping, write_train_config
+from moesaic.config import ModelConfig
 from moesaic.errors import MoesaicError, UsageError
 from moesaic.model.transformer import Transformer
 from moesaic.tokenizer import byte_tokenizer
 from moesaic.weight_reader import WeightDirectory
 
 from .family_cases import HEAD, LLAMA3, SIZES
-from .helpers import BASE, CONFIGS, load_theirs, logit_difference, random_model, random_tokens, save_hf_model
+from .helpers import BASE, CONFIGS, load_theirs, logit_difference, make_run, random_tokens, save_hf_model
 
 WIDE_ROUTER: dict[str, Any] = {"initializer_range": 0.5}
 """Keeps the scores of experts, and so of groups, well apart."""
@@ -166,18 +164,6 @@ def test_what_belongs_to_the_model_is_carried_over_as_it_is(tmp_path: Path) -> N
     assert load(tmp_path / "out").config.eos_token_ids == (11,)
 
 
-def make_dense_run(directory: Path, config: ModelConfig) -> Any:
-    """A run directory as training leaves it, and its model."""
-    directory.mkdir()
-    model = random_model(config)
-    train_config = TrainConfig(model=config, sequence_length=32)
-    write_train_config(train_config, directory / "config.json")
-    byte_tokenizer().save(directory)
-    extra = {"config": to_mapping(train_config), "tokenizer": byte_tokenizer().fingerprint}
-    save_run_state(directory, 1, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, extra)
-    return model
-
-
 LAYER_NORMS = replace(
     ModelConfig(**BASE, norm="layer", rms_norm_eps=1e-5, qk_norm="none"),
     head_dim=8,
@@ -194,7 +180,7 @@ LAYER_NORMS = replace(
 @pytest.mark.parametrize("how", [replace(COPY, num_experts=6), replace(GRANULAR, granularity=2)])
 def test_a_run_becomes_sparse_too(tmp_path: Path, config: ModelConfig, family: str, how: Upcycling) -> None:
     config = replace(config, vocab_size=257)
-    dense = make_dense_run(tmp_path / "run", config)
+    dense = make_run(tmp_path / "run", config)
     assert upcycle(tmp_path / "run", tmp_path / "out", how).family == family
     sparse, tokens = load(tmp_path / "out"), random_tokens()
     with torch.no_grad():

@@ -3,6 +3,9 @@
 import json
 import os
 import shlex
+import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from moesaic.config import ModelConfig, MoEConfig
 from moesaic.model.transformer import Transformer
 from moesaic.tokenizer import byte_tokenizer
 
+from .test_cli import start
 from .test_upcycle import moesaic
 
 SPARSE = ModelConfig(
@@ -82,6 +86,20 @@ def test_mistakes_get_one_line(plain: Path, flags: str, message: str) -> None:
     assert message in result.stderr
     assert result.stdout == ""
     assert os.listdir(plain.parent) == ["plain model"]
+
+
+def test_ctrl_c_says_so_and_leaves_nothing(plain: Path) -> None:
+    many = MoEConfig(num_experts=64, num_experts_per_tok=2, moe_intermediate_size=64)
+    model = Transformer(replace(SPARSE, num_hidden_layers=24, moe=many))
+    model.init_weights(seed=0)
+    export_model(model, byte_tokenizer(), plain.with_name("large"))
+    with start("quantize", plain.with_name("large"), plain.with_name("out"), "--scheme", "int4") as process:
+        while process.poll() is None and not list(plain.parent.glob(".out.writing-*")):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, out, err) == (130, "", "error: interrupted\n")
+    assert sorted(os.listdir(plain.parent)) == ["large", "plain model"]
 
 
 def test_nothing_is_overwritten_or_quantised_twice(plain: Path) -> None:

@@ -16,7 +16,7 @@ from moesaic.errors import UsageError
 from moesaic.model.rope import rotate
 from moesaic.ops import native_step
 from moesaic.ops.native import native_instruction_sets
-from moesaic.ops.native_step import Heads
+from moesaic.ops.native_step import AttentionStep, Heads, RouterStep
 
 from .sanitized import COMPILER, SANITIZERS, run_sanitized
 
@@ -118,9 +118,8 @@ def test_attend(instruction_set: str, case: str) -> None:
     sinks = torch.randn(H) if sizes.get("sinks") else None
     mask = torch.rand(B, 1, L, S) < 0.7
     mask[..., -1] = True
-    got = native_step.attend(
-        heads, *inputs, cache, S, mask, rotary=rotary, norms=norms, sinks=sinks, instruction_set=instruction_set
-    )  # fmt: skip
+    step = AttentionStep(heads, *cache, S, mask, rotary, norms, sinks)
+    got = native_step.attend(step, *inputs, instruction_set=instruction_set)
     old = (before[0][:, :, :past], before[1][:, :, :past])
     expected, keys, values = attention_oracle(heads, inputs, old, mask, rotary, norms, sinks)
     assert_close(got, expected, 1e-5)
@@ -138,8 +137,9 @@ def test_one_mask_serves_all_sequences(instruction_set: str) -> None:
     mask = torch.tensor([[True, True, False, True, False], [False, True, True, True, True]]).view(1, 1, 2, 5)
     results = []
     for rows in (mask, mask.expand(3, -1, -1, -1)):
-        cache = (torch.ones(3, 1, 5, 8), torch.full((3, 1, 5, 8), 2.0))
-        results.append(native_step.attend(heads, *inputs, cache, 5, rows, rotary=None, instruction_set=instruction_set))
+        keys, values = torch.ones(3, 1, 5, 8), torch.full((3, 1, 5, 8), 2.0)
+        step = AttentionStep(heads, keys, values, 5, rows.contiguous(), rotary=None)
+        results.append(native_step.attend(step, *inputs, instruction_set=instruction_set))
     assert torch.equal(*results)
 
 
@@ -154,10 +154,8 @@ def test_route(instruction_set: str, scores: str, shape: tuple[int, int, int, in
     x, weight = torch.randn(T, D), torch.randn(E, D) / D**0.5
     bias = torch.randn(E) if extras else None
     selection_bias = 0.1 * torch.randn(E) if extras else None
-    logits, ids, weights = native_step.route(
-        x, weight, K, scores=scores, normalise=extras, least_sum=1e-9, scaling=1.7 if extras else 1.0,
-        bias=bias, selection_bias=selection_bias, instruction_set=instruction_set,
-    )  # fmt: skip
+    step = RouterStep(weight, K, scores, extras, 1e-9, 1.7 if extras else 1.0, bias, selection_bias)
+    logits, ids, weights = native_step.route(step, x, instruction_set=instruction_set)
     wide = functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert_close(logits, wide, 1e-5)
     all_scores = wide.softmax(-1) if scores == "softmax" else wide.sigmoid()
@@ -174,9 +172,8 @@ def test_route(instruction_set: str, scores: str, shape: tuple[int, int, int, in
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 def test_logits_of_any_size_give_finite_weights(scores: str) -> None:
     logits = torch.tensor([[1e4, -1e4, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [-300.0, -300.0, -200.0, -300.0]])
-    _, ids, weights = native_step.route(
-        torch.eye(3), logits.T.contiguous(), 2, scores=scores, normalise=True, least_sum=1e-20, scaling=1.0
-    )
+    step = RouterStep(logits.T.contiguous(), 2, scores, normalise=True, least_sum=1e-20, scaling=1.0)
+    _, ids, weights = native_step.route(step, torch.eye(3))
     assert torch.isfinite(weights).all()
     assert ids[0, 0] == 0
     if scores == "softmax":  # the sigmoid of -200 is 0 in float32

@@ -174,6 +174,12 @@ class HFDirectory:
 
     def check(self, like: Mapping[str, Tensor]) -> None:
         """Raises MoesaicError unless the files hold exactly the tensors that a model on the meta device needs."""
+        stored_as_ours = [name for name in like if name in self.weights and self.weights.stored_type(name) == "U8"]
+        if self.quantization is None and stored_as_ours:
+            raise MoesaicError(
+                f"{self.directory} holds packed weights of moesaic, such as {stored_as_ours[0]}, but its config.json "
+                "has no quantization_config that says so; copy the config.json that was written with them"
+            )
         layout = self.layout
         expected = {stored.name: stored.shape(like) for one in layout.tensors for stored in self._present(one)}
         packed = {name for name in expected if name in like and like[name].dtype == PACKED}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moesaic.checkpoint.families.hf_config import shortened
 from moesaic.errors import MoesaicError
 from moesaic.weight_reader import DTYPES, PART_BYTES, Read, Shape, WeightDirectory, check_fits, pieces
 
@@ -46,7 +47,9 @@ class UnpackedWeights:
         self.directory = stored.directory
         self._stored = stored
         try:
-            self._packed, hidden = _find_packed(stored, _checked_block(quantization))
+            self._packed, hidden = _find_packed(
+                stored, _checked_block(quantization, f"{stored.directory}: config.json")
+            )
         except BaseException:
             stored.__exit__()
             raise
@@ -131,23 +134,23 @@ def _find_packed(
     return packed, hidden
 
 
-def _checked_block(quantization: Any) -> tuple[int, int] | None:
+def _checked_block(quantization: Any, where: str) -> tuple[int, int] | None:
     """Size of the fp8 blocks; None when each tensor, or each of its rows, has one scale."""
     if quantization is None:
         return FP8_BLOCK
     if not isinstance(quantization, dict):
-        raise MoesaicError(f"config.json: quantization_config is a {type(quantization).__name__}, not an object")
+        raise MoesaicError(f"{where}: quantization_config is a {type(quantization).__name__}, not an object")
     method = quantization.get("quant_method")
     if method not in METHODS:
         raise MoesaicError(
-            f"config.json: quantization_config has quant_method {method!r}; only fp8 and mxfp4 are read: "
-            "use the checkpoint that is not quantised"
+            f"{where}: quantization_config has quant_method {shortened(method)}; only {', '.join(METHODS)} and moesaic "
+            "are read: use the checkpoint that is not quantised"
         )
     block = quantization.get("weight_block_size", FP8_BLOCK)
     if block is None:
         return None
     if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise MoesaicError(f"config.json: weight_block_size = {block!r} must be two positive whole numbers")
+        raise MoesaicError(f"{where}: weight_block_size = {block!r} must be two positive whole numbers")
     return block[0], block[1]
 
 

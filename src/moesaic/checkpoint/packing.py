@@ -14,7 +14,7 @@ from moesaic.checkpoint.families.hf_config import shortened
 from moesaic.checkpoint.families.layout import Layout, same
 from moesaic.config import ModelConfig
 from moesaic.errors import MoesaicError, UsageError
-from moesaic.model.quantize import Quantization, packed_weights
+from moesaic.model.quantize import SCHEMES, Quantization, packed_weights
 from moesaic.model.transformer import Transformer
 from moesaic.ops.quantize import pack
 
@@ -62,9 +62,17 @@ def quantization_from_config(values: Any) -> Quantization | None:
         if len(name) > 40:
             raise MoesaicError(f"config.json: quantization_config names {shortened(name)}, which nobody knows")
     try:
-        return Quantization(scheme, group_size, formats)
+        quantization = Quantization(scheme, group_size, formats)
     except UsageError as error:  # what a user may not ask for; here it came from a file
         raise MoesaicError(f"config.json: quantization_config: {error}") from error
+    # Formats of as many bits have the same shapes: int4 read as mxfp4 would load, and be other numbers.
+    used, possible = set(formats.values()), set(SCHEMES[scheme].values())
+    if scheme not in used or not used <= possible:
+        raise MoesaicError(
+            f"config.json: quantization_config has the formats {', '.join(sorted(used))}, which are not those of "
+            f"scheme {scheme}; quantise the model again"
+        )
+    return quantization
 
 
 def packed_layout(layout: Layout, config: ModelConfig, quantization: Quantization) -> Layout:

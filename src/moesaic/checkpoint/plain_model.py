@@ -18,7 +18,7 @@ from moesaic.checkpoint.load import empty_model, load, load_tokenizer
 from moesaic.checkpoint.resolve import ModelSource
 from moesaic.checkpoint.save import with_eos_of
 from moesaic.config import ModelConfig
-from moesaic.errors import UsageError
+from moesaic.errors import MoesaicError, UsageError
 from moesaic.ops import DTYPES
 from moesaic.weights_io import PlannedTensor
 
@@ -98,7 +98,12 @@ def _copy_companions(source: Path, target: Path) -> None:
     for file in [file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()]:
         copy = target / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
+        try:
+            opened = file.open("rb")
+        except OSError as error:  # else it would pass for an error of writing
+            raise MoesaicError(f"cannot read {file}: {error.strerror}; it belongs to the model") from error
+        with opened as content, copy.open("wb") as written:
+            shutil.copyfileobj(content, written)
 
 
 def reporting(tensors: Sequence[PlannedTensor], progress: Progress) -> list[PlannedTensor]:

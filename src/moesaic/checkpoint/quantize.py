@@ -13,7 +13,7 @@ from moesaic.checkpoint.load import empty_model
 from moesaic.checkpoint.packing import PackingReader, quantization_to_config
 from moesaic.checkpoint.plain_model import PlainModel, Progress, open_plain, reporting
 from moesaic.checkpoint.resolve import CONFIG, require_weights, resolve_model
-from moesaic.checkpoint.save import require_new
+from moesaic.checkpoint.save import new_directory, require_outside
 from moesaic.checks import require
 from moesaic.errors import MoesaicError
 from moesaic.model.quantize import KINDS, Quantization, make_quantization, quantize_model
@@ -66,7 +66,7 @@ class Quantized:
 
 def quantize(
     model: str | Path,
-    directory: Path,
+    directory: str | Path,
     scheme: str,
     *,
     group_size: int = DEFAULT_GROUP_SIZE,
@@ -79,13 +79,14 @@ def quantize(
     """Writes `directory`, which `load` reads, from MODEL; `dtype` (of what stays plain), `offline` and `revision` as
     for `load`. A run is held in memory as a whole, anything else one tensor at a time.
 
-    Raises UsageError when `directory` holds something, when MODEL is quantised already, and for an unknown scheme or
-    group size; MoesaicError for files without the model they promise, weights that are not finite, and experts that no
-    kind of packing took.
+    Raises UsageError when `directory` holds something or lies inside MODEL, when MODEL is quantised already, and for an
+    unknown scheme or group size; MoesaicError for files without the model they promise, weights to pack that are not
+    finite, and experts that no kind of packing took.
     """
-    require_new(directory)
+    directory = new_directory(directory)
     require(dtype in ("auto", *DTYPES), f"dtype {dtype!r} is not known; choose auto, {' or '.join(DTYPES)}")
     source = resolve_model(model, revision, offline)
+    require_outside(directory, source)
     require_weights(source, offline)
     with open_plain(source, dtype) as plain:
         quantization = make_quantization(scheme, plain.config, group_size)

@@ -1,5 +1,6 @@
 """Export: a Hugging Face directory that transformers and its relatives load, with the same logits."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ from moesaic.checkpoint.families import family_for_export
 from moesaic.checkpoint.families.family import Family
 from moesaic.checkpoint.families.keys import eos_as_hf
 from moesaic.checkpoint.families.layout import Layout, StoredTensor
+from moesaic.checkpoint.resolve import ModelSource
 from moesaic.checks import require
 from moesaic.config import ModelConfig
 from moesaic.errors import UsageError
@@ -30,10 +32,10 @@ def export_model(
     it: dense is qwen3, softmax top-k qwen3_moe, sigmoid top-k glm4_moe. What the family stores joined or scaled is
     made one stored tensor at a time.
 
-    Raises UsageError when `directory` holds something or the model is quantised, MoesaicError for what the family
+    Raises UsageError when `directory` cannot be new or the model is quantised, MoesaicError for what the family
     cannot express, by name.
     """
-    require_new(directory)
+    directory = new_directory(directory)
     require(
         not is_quantized(model),
         "the model is quantised, and an exported one has plain weights; export the one that it was made from",
@@ -50,11 +52,30 @@ def export_model(
     return family.model_type
 
 
-def require_new(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"{directory} exists and is not a directory; name a new one")
+def new_directory(path: str | Path) -> Path:
+    """Where a model may be written: `path`, absolute and without links in it.
+
+    Raises UsageError when it holds something, or cannot become a directory of its own.
+    """
+    try:
+        directory = Path(os.path.expanduser(path)).resolve()
+    except RuntimeError as error:
+        raise UsageError(f"{path} is a symbolic link that leads to itself; name a new directory") from error
+    existing = next(one for one in (directory, *directory.parents) if one.exists())
+    if not existing.is_dir():
+        raise UsageError(f"{path} cannot be a directory, because {existing} is a file; name a new directory")
+    # No advice to remove it: what is there may be the model itself.
     if directory.exists() and any(directory.iterdir()):
-        raise UsageError(f"{directory} exists and is not empty; name a new directory, or remove it: rm -r {directory}")
+        raise UsageError(f"{path} exists and is not empty; name a new directory")
+    if directory.is_mount():
+        raise UsageError(f"{path} is a mount point, which cannot be replaced; name a directory in it: {path}/model")
+    return directory
+
+
+def require_outside(directory: Path, source: ModelSource) -> None:
+    """Raises UsageError when a new directory would lie in that of a model, which stays as it is."""
+    if directory.is_relative_to(source.directory.resolve()):
+        raise UsageError(f"{directory} lies inside the model {source.directory}; name a directory outside of it")
 
 
 def with_eos_of(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:

@@ -31,7 +31,7 @@ from moesaic.checkpoint.families.layout import Region, Shape, StoredTensor
 from moesaic.checkpoint.load import empty_model
 from moesaic.checkpoint.plain_model import PlainModel, Progress, open_plain, reporting
 from moesaic.checkpoint.resolve import require_weights, resolve_model
-from moesaic.checkpoint.save import plan, require_new, write_configs
+from moesaic.checkpoint.save import new_directory, plan, require_outside, write_configs
 from moesaic.checks import require, require_not_negative, require_positive, require_seed
 from moesaic.config import ModelConfig, MoEConfig
 from moesaic.errors import MoesaicError, UsageError
@@ -92,7 +92,7 @@ class Upcycled:
 
 def upcycle(
     model: str | Path,
-    directory: Path,
+    directory: str | Path,
     how: Upcycling,
     *,
     dtype: str = "auto",
@@ -103,12 +103,14 @@ def upcycle(
     """Writes `directory`, a Hugging Face directory, from MODEL, a dense one; `dtype`, `offline` and `revision` as for
     `load`. A run directory is held in memory as a whole, anything else one layer at a time.
 
-    Raises UsageError when `directory` holds something, when MODEL is sparse or does not fit `how`, and when no sparse
-    family has its kind of decoder, with the nearest one; MoesaicError for files without the model they promise.
+    Raises UsageError when `directory` holds something or lies inside MODEL, when MODEL is sparse or does not fit `how`,
+    and when no sparse family has its kind of decoder, with the nearest one; MoesaicError for files without the model
+    they promise.
     """
-    require_new(directory)
+    directory = new_directory(directory)
     require(dtype in ("auto", *DTYPES), f"dtype {dtype!r} is not known; choose auto, {' or '.join(DTYPES)}")
     source = resolve_model(model, revision, offline)
+    require_outside(directory, source)
     require_weights(source, offline)
     with open_plain(source, dtype) as dense:
         config, family = sparse_config(dense.config, how)

@@ -22,6 +22,7 @@ app = App(
     name="moesaic",
     version=__version__,
     help="Train, load, run and explain mixture-of-experts language models on the machine you have.",
+    suppress_keyboard_interrupt=False,  # it would exit without a word
 )
 # Name, function and one line of help, in the order in which one meets them; the file is read when it is called.
 for position, (name, function, about) in enumerate(

@@ -1,6 +1,7 @@
 """`moesaic demo`: train a sparse model and its dense twin, compare them, let the sparse one speak."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -92,9 +93,8 @@ def _require_same_demo(configs: dict[str, TrainConfig], out: Path) -> None:
     """An unfinished or finished demo in `out` goes on only with the options that it was started with."""
     for name, config in configs.items():
         if (out / name / "config.json").exists() and read_run_config(out / name) != config:
-            raise UsageError(
-                f"{out} holds a demo with other options; name another with --out {out}-2, or remove it: rm -r {out}"
-            )
+            another = shlex.quote(f"{out}-2")
+            raise UsageError(f"{out} holds a demo with other options; name another with --out {another}, or remove it")
 
 
 def _require_twins(configs: dict[str, TrainConfig]) -> None:
@@ -178,11 +178,11 @@ def _show(comparison: "Comparison", report: Path, out: Path, console: Console) -
     for prompt, completion in comparison.samples[:2]:
         console.print(prompt, end="", style="bold", markup=False, highlight=False)
         console.print(completion.rstrip() + "\n", markup=False, highlight=False)
-    run = out / "sparse"
+    run, exported = (shlex.quote(str(out / name)) for name in ("sparse", "sparse-hf"))
     console.print(
         f"report: {report}\nnext:\n"
         f"  {this_command()} chat {run}\n"
         f"  {this_command()} generate {run} --prompt 'def read_' --max-tokens 100\n"
-        f"  {this_command()} export {run} {out}/sparse-hf",
+        f"  {this_command()} export {run} {exported}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -49,6 +49,8 @@ def evaluate(
     path = existing_file(data, "--data")
     transformer, tokenizer = loading.load(model)
     token_file, _ = tokenize_for_evaluation(tokenizer, str(path), max_bytes=path.stat().st_size)
+    if not len(token_file):
+        raise UsageError(f"--data {data} holds no text to score; name another file")
     positions = transformer.config.max_position_embeddings
     if sequence_length > positions:
         raise UsageError(f"--sequence-length is {sequence_length} but the model has {positions} positions; lower it")

@@ -60,10 +60,11 @@ def train(
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
         return 130
-    export = f"\n  {this_command()} export {run_directory} {run_directory}-hf"
+    run, exported = shlex.quote(str(run_directory)), shlex.quote(f"{run_directory}-hf")
+    export = f"\n  {this_command()} export {run} {exported}"
     asking = " --allow-lookahead" if train_config.model.looks_ahead else ""
     console.print(
-        f"done: {run_directory}\n  {this_command()} generate {run_directory} --prompt 'def '{asking}"
+        f"done: {run_directory}\n  {this_command()} generate {run} --prompt 'def '{asking}"
         f"{export if has_family(train_config.model) else ''}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip

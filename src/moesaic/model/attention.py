@@ -46,8 +46,9 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        if context.kv is not None and self._native_serves(x, context):
-            return self._attend_natively(x, context, context.kv)
+        if context.kv is not None and self.native_serves(x, context):
+            out_BLh = native_step.attend(self.step(context, context.kv), self.q_proj(x), self.k_proj(x), self.v_proj(x))
+            return self.o_proj(out_BLh)
         query_BHLd = self._place(self._heads(self.q_proj(x), self.q_norm), self.q_norm, context)
         key_BGSd = self._place(self._heads(self.k_proj(x), self.k_norm), self.k_norm, context)
         value_BGSd = self._heads(self.v_proj(x), None)
@@ -65,7 +66,7 @@ class Attention(nn.Module):
         )
         return self.o_proj(out_BHLd.transpose(1, 2).flatten(2))
 
-    def _native_serves(self, x: Tensor, context: AttentionContext) -> bool:
+    def native_serves(self, x: Tensor, context: AttentionContext) -> bool:
         """Whether one operator may do what stands between the projections: few tokens, and nothing unusual."""
         return (
             x.shape[1] <= native_step.FEW_TOKENS
@@ -78,17 +79,20 @@ class Attention(nn.Module):
             and context.kv.keys.dtype == torch.float32
         )
 
-    def _attend_natively(self, x: Tensor, context: AttentionContext, kv: KVCache) -> Tensor:
+    def step(self, context: AttentionContext, kv: KVCache) -> native_step.AttentionStep:
+        """What that operator reads besides the projected tokens."""
         mask_BLS = context.masks[self.layer_type]
         assert mask_BLS is not None
-        out_BLh = native_step.attend(
-            self.heads, self.q_proj(x), self.k_proj(x), self.v_proj(x),
-            (kv.keys[self.layer_index], kv.values[self.layer_index]), kv.length, mask_BLS,
+        return native_step.AttentionStep(
+            self.heads,
+            kv.keys[self.layer_index],
+            kv.values[self.layer_index],
+            kv.length,
+            mask_BLS.contiguous(),
             rotary=context.rotary if self.has_rope else None,
             norms=None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight),
             sinks=self.sinks,
-        )  # fmt: skip
-        return self.o_proj(out_BLh)
+        )
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None) -> Tensor:
         """(B, L, heads * d) -> (B, heads, L, d), normalised if that comes before RoPE, then clamped."""

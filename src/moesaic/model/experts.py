@@ -53,16 +53,30 @@ class Experts(nn.Module):
                 self._packed[name] = replace(weight, data=data)
         return self._packed
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    @property
+    def is_plainly_packed(self) -> bool:
+        """Whether the backend `packed` computes them, weighing what comes out of an expert."""
+        return (
+            bool(self._packed)
+            and self.backend in ("auto", "packed")
+            and self.activation.name in BACKENDS["packed"].activations
+            and not self.weighs_inputs
+        )
+
+    def weights(self, dtype: torch.dtype) -> ExpertWeights:
+        """As a backend takes them; what is not packed is of that type."""
         packed = self.packed
-        weights = ExpertWeights(
+        return ExpertWeights(
             gate_up=packed["gate_up"] if packed else self.gate_up.to(dtype),
             down=packed["down"] if packed else self.down.to(dtype),
             gate_up_bias=None if self.gate_up_bias is None else self.gate_up_bias.to(dtype),
             down_bias=None if self.down_bias is None else self.down_bias.to(dtype),
             activation=self.activation,
         )
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        weights = self.weights(dtype)
         shape = ExpertShape(
             hidden_size=self.hidden_size,
             moe_intermediate_size=self.intermediate_size,

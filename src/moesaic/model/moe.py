@@ -70,6 +70,16 @@ class MoE(ExpertLayer):
         assert config.moe is not None
         self.num_experts = config.moe.num_experts
 
+    @property
+    def is_plainly_packed(self) -> bool:
+        """Whether it is a router, packed experts that the C++ kernels compute, and nothing else."""
+        return (
+            self.shared_experts is None
+            and self.router.num_experts == self.num_experts
+            and isinstance(self.dispatcher, LocalDispatcher)
+            and self.experts.is_plainly_packed
+        )
+
     def routed(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
         routing = self.router(x, context)
         if routing.num_experts == self.num_experts:

@@ -25,6 +25,9 @@ class RoutingContext:
     replay: tuple[Choice, ...] | None = None
     """What the routers of this block are to choose, in the order in which they are asked. None: they choose."""
 
+    is_read: bool = True
+    """Whether somebody reads what the routers decide, outside the layers."""
+
     @property
     def flat_mask(self) -> Tensor | None:
         """(T,)."""

@@ -78,22 +78,18 @@ class Transformer(nn.Module):
             noise_keys: (B,) int64, from which routers with noise draw it in training; default: torch's generator.
             logits_to_keep: compute logits for this many last tokens of each sequence only.
         """
-        if kv is not None and self.config.looks_ahead:
-            assert self.config.moe is not None
-            raise UsageError(
-                f"the router {self.config.moe.router} looks at later tokens, which a cache does not have; compute the "
-                "whole text without one"
-            )
         implied_positions = positions is None
         if positions is None:
             positions = self._consecutive_positions(tokens, kv)
         plainly_causal = implied_positions and (kv is None or kv.length == 0)
         if kv is not None:
+            self._require_cacheable()
             kv.extend(positions)
         context = make_attention_context(self.config, positions, kv, plainly_causal=plainly_causal)
         mask = None if implied_positions or bool((positions >= 0).all()) else positions >= 0
         keys_BL = None if noise_keys is None else combine(noise_keys.unsqueeze(1), positions)
         recorded = self._recorded_choices(replay, tokens.numel())
+        is_read = routings is not None or depth_routings is not None
 
         x_BLD = self._embed(tokens)
         for index, block in enumerate(self.blocks):
@@ -102,6 +98,7 @@ class Transformer(nn.Module):
                 mask=mask,
                 noise_keys=None if keys_BL is None else combine(keys_BL, index),
                 replay=recorded.get(index),
+                is_read=is_read,
             )
             if self.activation_checkpointing and torch.is_grad_enabled() and kv is None:
                 x_BLD, routing = _checkpointed(block, x_BLD, context, seen)
@@ -170,6 +167,14 @@ class Transformer(nn.Module):
                     f"{layer.router.num_experts}; replay it on a model that has as many"
                 )
         return {index: (routing.decision,) for index, routing in zip(sparse, replay, strict=True)}
+
+    def _require_cacheable(self) -> None:
+        if self.config.looks_ahead:
+            assert self.config.moe is not None
+            raise UsageError(
+                f"the router {self.config.moe.router} looks at later tokens, which a cache does not have; compute the "
+                "whole text without one"
+            )
 
     def _require_replayable(self) -> None:
         if self.config.moe is not None and self.config.moe.router == "soft":

@@ -7,6 +7,7 @@ nothing is rounded.
 T tokens, N assignments, E experts, D hidden size, F expert intermediate size, G inputs of a group.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def _linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, instruction_se
         return _unpacked_linear(x.reshape(-1, weight.columns), weight, bias).view(*leading, weight.rows)
     wide_x, wide_bias, y = _float32(x), _float32(bias), torch.empty(*leading, weight.rows)
     status = native.packed_linear(
-        _described(weight),
+        described(weight),
         address(wide_bias),
         address(wide_x),
         leading.numel(),
@@ -119,7 +120,7 @@ def _linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, instruction_se
 def _experts(
     x: Tensor, row_weights: Tensor, weights: ExpertWeights, token_ids: Tensor, expert_ids: Tensor, instruction_set: str
 ) -> Tensor:
-    gate_up, down, activation = weights.gate_up, weights.down, weights.activation
+    gate_up, down = weights.gate_up, weights.down
     assert isinstance(gate_up, PackedWeight)
     assert isinstance(down, PackedWeight)
     num_tokens, num_rows, num_experts = len(x), len(row_weights), weights.num_experts
@@ -139,15 +140,16 @@ def _experts(
             x, Routing(token_ids, expert_ids, row_weights, nothing, num_experts, top_k=None), weights
         )
     plan = make_plan(native, token_ids.long(), expert_ids.long(), num_tokens, num_experts)
-    inputs = tuple(map(_float32, (x, row_weights, weights.gate_up_bias, weights.down_bias)))
+    wide_x, wide_row_weights = _float32(x), _float32(row_weights)
+    wide = replace(weights, gate_up_bias=_float32(weights.gate_up_bias), down_bias=_float32(weights.down_bias))
     y_TD = torch.empty(num_tokens, hidden_size)
     status = native.packed_experts_forward(
-        (num_tokens, num_rows, num_experts, hidden_size, intermediate_size),
-        (NATIVE_ACTIVATIONS[activation.name], activation.limit, activation.alpha),
+        described_experts(wide),
+        num_tokens,
+        num_rows,
         plan.data_ptr(),
-        tuple(map(address, inputs)),
-        _described(gate_up),
-        _described(down),
+        address(wide_x),
+        address(wide_row_weights),
         torch.get_num_threads(),
         instruction_set,
         y_TD.data_ptr(),
@@ -224,8 +226,23 @@ def _kernels_for(x: Tensor, instruction_set: str) -> Any:
     return native
 
 
-def _described(weight: PackedWeight) -> tuple[int, int, int, int, bytes, int]:
+def described(weight: PackedWeight) -> tuple[int, int, int, int, bytes, int]:
+    """As csrc/packed_bindings.cpp reads it."""
     return (*weight.layout, weight.data.data_ptr())
+
+
+def described_experts(weights: ExpertWeights) -> tuple[object, ...]:
+    """Likewise; biases are float32."""
+    gate_up, down, activation = weights.gate_up, weights.down, weights.activation
+    assert isinstance(gate_up, PackedWeight)
+    assert isinstance(down, PackedWeight)
+    return (
+        (weights.num_experts, down.rows, down.columns),
+        (NATIVE_ACTIVATIONS[activation.name], activation.limit, activation.alpha),
+        (address(weights.gate_up_bias), address(weights.down_bias)),
+        described(gate_up),
+        described(down),
+    )
 
 
 def _require_shapes(*tensors: tuple[str, Tensor | None, tuple[int, ...]]) -> None:

@@ -62,46 +62,49 @@ class Heads:
     """Which pairs turn, see `moesaic.model.rope.rotate`."""
 
 
-def attend(
-    heads: Heads,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: tuple[Tensor, Tensor],
-    num_keys: int,
-    mask: Tensor,
-    *,
-    rotary: tuple[Tensor, Tensor] | None,
-    norms: tuple[Tensor, Tensor] | None = None,
-    sinks: Tensor | None = None,
-    instruction_set: str = "",
-) -> Tensor:
+@dataclass(frozen=True)
+class AttentionStep:
+    """What new queries, keys and values meet in a layer. All tensors are contiguous."""
+
+    heads: Heads
+    keys: Tensor
+    """The cache (B, G, capacity, d); rows num_keys - L to num_keys - 1 will be written."""
+    values: Tensor
+    num_keys: int
+    mask: Tensor
+    """(B or 1, 1, L, S) bool, S = num_keys, True where a query sees a key; at least one in every row."""
+    rotary: tuple[Tensor, Tensor] | None
+    """cos and sin, each (B, 1, L, r)."""
+    norms: tuple[Tensor, Tensor] | None = None
+    """Weights of the norms of queries and keys, (d,) or (H d,) and (G d,)."""
+    sinks: Tensor | None = None
+    """(H,), as in `moesaic.model.softmax_attention.attend`."""
+
+    def described(self, batch: int, length: int) -> tuple[object, ...]:
+        """As csrc/step_bindings.cpp reads it."""
+        heads, (cos, sin), norms = self.heads, self.rotary or (None, None), self.norms or (None, None)
+        sizes = (batch, length, self.num_keys, heads.num_heads, heads.num_key_value_heads, heads.head_dim)
+        return (
+            sizes,
+            (QK_NORMS[heads.qk_norm], heads.norm_eps, *map(address, norms)),
+            (0 if cos is None else cos.shape[-1], int(heads.interleaved), address(cos), address(sin)),
+            (self.keys.shape[2], self.keys.data_ptr(), self.values.data_ptr()),
+            (self.mask.data_ptr(), 0 if self.mask.shape[0] == 1 else length * self.num_keys),
+            address(self.sinks),
+            heads.scale,
+        )
+
+
+def attend(step: AttentionStep, query: Tensor, key: Tensor, value: Tensor, *, instruction_set: str = "") -> Tensor:
     """Normalise and turn new queries and keys, put keys and values into the cache, attend to all that it holds.
 
-    Args:
-        query, key, value: (B, L, H d), (B, L, G d), (B, L, G d), as projected.
-        cache: keys and values (B, G, capacity, d), contiguous; rows num_keys - L to num_keys - 1 are written.
-        mask: (B or 1, 1, L, S) bool, S = num_keys, True where a query sees a key; at least one in every row.
-        rotary: cos and sin, each (B, 1, L, r).
-        norms: weights of the norms of queries and keys, (d,) or (H d,) and (G d,).
-        sinks: (H,), as in `moesaic.model.softmax_attention.attend`.
-
-    Returns (B, L, H d).
+    query, key, value: (B, L, H d), (B, L, G d), (B, L, G d), as projected -> (B, L, H d).
     """
-    batch, length = query.shape[:2]
-    query, key, value, mask = query.contiguous(), key.contiguous(), value.contiguous(), mask.contiguous()
-    cos, sin = (None, None) if rotary is None else (rotary[0].contiguous(), rotary[1].contiguous())
-    norms = None if norms is None else (norms[0].contiguous(), norms[1].contiguous())
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     y = torch.empty_like(query)
-    sizes = (batch, length, num_keys, heads.num_heads, heads.num_key_value_heads, heads.head_dim)
     status = native().attend(
-        sizes,
-        (query.data_ptr(), key.data_ptr(), value.data_ptr(), address(sinks)),
-        (QK_NORMS[heads.qk_norm], heads.norm_eps, *((0, 0) if norms is None else map(address, norms))),
-        (0 if cos is None else cos.shape[-1], int(heads.interleaved), address(cos), address(sin)),
-        (cache[0].shape[2], cache[0].data_ptr(), cache[1].data_ptr()),
-        (mask.data_ptr(), 0 if mask.shape[0] == 1 else length * num_keys),
-        heads.scale,
+        step.described(*query.shape[:2]),
+        (query.data_ptr(), key.data_ptr(), value.data_ptr()),
         torch.get_num_threads(),
         instruction_set,
         y.data_ptr(),
@@ -110,32 +113,46 @@ def attend(
     return y
 
 
-def route(
-    x: Tensor,
-    weight: Tensor,
-    top_k: int,
-    *,
-    scores: str,
-    normalise: bool,
-    least_sum: float,
-    scaling: float,
-    bias: Tensor | None = None,
-    selection_bias: Tensor | None = None,
-    instruction_set: str = "",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x (T, D), weight (E, D) -> logits (T, E), experts (T, K) int64 in the order of their scores, weights (T, K).
+@dataclass(frozen=True)
+class RouterStep:
+    """A router that takes the best of each token. All tensors are contiguous."""
 
-    `scores` is `softmax` or `sigmoid`. `selection_bias` (E,) takes part in the choice alone. With `normalise` a token's
-    weights are divided by their sum, at least `least_sum`; then all are multiplied by `scaling`.
-    """
-    x, weight = x.contiguous(), weight.contiguous()
-    (num_tokens, hidden_size), num_experts = x.shape, weight.shape[0]
-    logits_TE, weights_TK = x.new_empty(num_tokens, num_experts), x.new_empty(num_tokens, top_k)
-    ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int64)
+    weight: Tensor
+    """(E, D)."""
+    top_k: int
+    scores: str
+    """`softmax` or `sigmoid`."""
+    normalise: bool
+    """Whether a token's weights are divided by their sum."""
+    least_sum: float
+    """That the sum is at least."""
+    scaling: float
+    """Multiplies all weights at last."""
+    bias: Tensor | None = None
+    """(E,), of the logits."""
+    selection_bias: Tensor | None = None
+    """(E,), takes part in the choice alone."""
+
+    def described(self) -> tuple[object, ...]:
+        """As csrc/step_bindings.cpp reads it."""
+        num_experts, hidden_size = self.weight.shape
+        return (
+            (hidden_size, num_experts, self.top_k),
+            (_SCORES[self.scores], int(self.normalise), self.least_sum, self.scaling),
+            (self.weight.data_ptr(), address(self.bias), address(self.selection_bias)),
+        )
+
+
+def route(step: RouterStep, x: Tensor, *, instruction_set: str = "") -> tuple[Tensor, Tensor, Tensor]:
+    """x (T, D) -> logits (T, E), experts (T, K) int64 in the order of their scores, weights (T, K)."""
+    x = x.contiguous()
+    num_tokens, num_experts = len(x), len(step.weight)
+    logits_TE, weights_TK = x.new_empty(num_tokens, num_experts), x.new_empty(num_tokens, step.top_k)
+    ids_TK = torch.empty(num_tokens, step.top_k, dtype=torch.int64)
     status = native().route(
-        (num_tokens, hidden_size, num_experts, top_k),
-        (_SCORES[scores], int(normalise), least_sum, scaling),
-        (x.data_ptr(), weight.data_ptr(), address(bias), address(selection_bias)),
+        step.described(),
+        num_tokens,
+        x.data_ptr(),
         torch.get_num_threads(),
         instruction_set,
         (logits_TE.data_ptr(), ids_TK.data_ptr(), weights_TK.data_ptr()),

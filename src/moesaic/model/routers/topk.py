@@ -92,9 +92,9 @@ class ScoreTopKRouter(TopKRouter):
         self.group_score = moe.group_score
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
-        return self._route_natively(x) if self._native_serves(x, context) else super().forward(x, context)
+        return self._route_natively(x) if self.native_serves(x, context) else super().forward(x, context)
 
-    def _native_serves(self, x: Tensor, context: RoutingContext) -> bool:
+    def native_serves(self, x: Tensor, context: RoutingContext) -> bool:
         """Whether one operator may route: few tokens, and nothing unusual."""
         return (
             len(x) <= native_step.FEW_TOKENS
@@ -108,18 +108,21 @@ class ScoreTopKRouter(TopKRouter):
             and self.weight.dtype == torch.float32
         )
 
-    def _route_natively(self, x: Tensor) -> Routing:
-        logits_TE, ids_TK, weights_TK = native_step.route(
-            x,
+    def step(self) -> native_step.RouterStep:
+        """What that operator reads besides the tokens."""
+        return native_step.RouterStep(
             self.weight,
             self.top_k,
-            scores=self.score_name,
-            bias=None if self.bias is None else self.bias.float(),
-            selection_bias=self.expert_bias,
+            self.score_name,
             normalise=self.norm_topk_prob,
             least_sum=self.norm_topk_min,
             scaling=self.routed_scaling_factor,
+            bias=None if self.bias is None else self.bias.float(),
+            selection_bias=self.expert_bias,
         )
+
+    def _route_natively(self, x: Tensor) -> Routing:
+        logits_TE, ids_TK, weights_TK = native_step.route(self.step(), x)
         choice = Choice.of_topk(ids_TK)
         return Routing(
             token_ids=choice.token_ids,

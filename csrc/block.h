@@ -1,0 +1,36 @@
+// One block of a decoder in one call, for a few tokens and packed weights: the operators of step.h and packed.h between
+// two states of the residual stream. Called one by one, each would wait for the caller's code, which the weights that
+// stream through the caches have pushed out of them.
+//
+// T tokens, D hidden size, H query heads, G key-value heads, d head dim, E experts, K experts per token.
+#pragma once
+
+#include "packed.h"
+#include "step.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+  moesaic_packed weight;
+  const float* bias;  // NULL for none
+} moesaic_packed_layer;
+
+typedef struct {
+  const float *attention_norm, *feed_forward_norm;  // (D), of what enters each half
+  float norm_eps;
+  float residual;                     // what each half adds is multiplied by it
+  moesaic_packed_layer query, key, value, output;
+  moesaic_attention_step attention;   // without its query, key and value
+  moesaic_router_step router;         // without its num_tokens and x
+  moesaic_packed_experts experts;     // without its num_tokens, num_rows, plan, x and row_weights
+} moesaic_block_step;
+
+// y (T, D) = x (T, D) plus attention of its norm, plus experts of that sum's norm, where T is the attention's batch_size
+// times num_new. Returns what the functions of step.h and packed.h return.
+int moesaic_block(const moesaic_block_step* block, const float* x, int threads, float* y);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,61 @@
+"""Which blocks are one call into C++ for a few tokens, and what that call reads.
+
+B sequences, L new tokens of each, D hidden size.
+"""
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from moesaic.model.attention import Attention
+from moesaic.model.attention_context import AttentionContext
+from moesaic.model.moe import MoE
+from moesaic.model.norm import RMSNorm
+from moesaic.model.packed_linear import PackedLinear
+from moesaic.model.routers.topk import ScoreTopKRouter
+from moesaic.model.routing_context import RoutingContext
+from moesaic.ops import native_step
+from moesaic.ops.native_block import BlockStep
+
+if TYPE_CHECKING:
+    from moesaic.model.block import Block
+
+
+def block_step(block: "Block", x: Tensor, context: AttentionContext, seen: RoutingContext) -> BlockStep | None:
+    """For x (B, L, D): the whole block as one operator, or None where its parts have to be called one by one.
+
+    They have to where anybody may look at what is between them: at the routing, or through hooks.
+    """
+    kv = context.kv
+    attention, moe = block.attention, block.feed_forward
+    if kv is None or seen.is_read or x.shape[0] * x.shape[1] > native_step.FEW_TOKENS or not native_step.serves(x):
+        return None
+    if not isinstance(attention, Attention) or not isinstance(moe, MoE) or not isinstance(moe.router, ScoreTopKRouter):
+        return None
+    norms = (block.attention_norm, block.feed_forward_norm)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    if not (
+        block.norm_placement == "pre"
+        and all(isinstance(norm, RMSNorm) for norm in norms)
+        and all(isinstance(projection, PackedLinear) for projection in projections)
+        and attention.native_serves(x, context)
+        and moe.router.native_serves(x.view(-1, x.shape[-1]), seen)
+        and moe.is_plainly_packed
+        and not any(map(_has_hooks, (*norms, *projections, attention, moe, moe.router, moe.experts)))
+    ):
+        return None
+    linears = [(each.packed, each.bias) for each in projections if isinstance(each, PackedLinear)]
+    return BlockStep(
+        norms[0].weight,
+        norms[1].weight,
+        norms[0].eps,
+        block.residual_multiplier,
+        *linears,
+        attention=attention.step(context, kv),
+        router=moe.router.step(),
+        experts=moe.experts.weights(x.dtype),
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
