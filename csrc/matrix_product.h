@@ -71,9 +71,9 @@ struct Into {
             result ? result + row * result_stride + column : nullptr, result_stride};
   }
 
-  void prefetch(int64_t row) const {
+  void prefetch(int64_t row, int width) const {
     constexpr int line = line_bytes / int(sizeof(Element));
-    for (int j = 0; j < panel_width; j += line) {
+    for (int j = 0; j < width; j += line) {
       if constexpr (std::is_same_v<Element, float>) {
         MOESAIC_PREFETCH_FOR_WRITE(sums + row * stride + j);
       } else if (result) {
@@ -104,70 +104,84 @@ struct Into {
 // Steps between two looks ahead.
 constexpr int stretch = 8;
 
-template <int rows, int row_stride>
-inline void add_step(const float* a, const float* panel, Vector (&sums)[rows][tile_vectors]) {
-  Vector right[tile_vectors];
+template <int rows, int vectors, int row_stride>
+inline void add_step(const float* a, const float* panel, Vector (&sums)[rows][vectors]) {
+  Vector right[vectors];
   MOESAIC_UNROLL
-  for (int j = 0; j < tile_vectors; ++j) right[j] = Vector::load(panel + j * Vector::width);
+  for (int j = 0; j < vectors; ++j) right[j] = Vector::load(panel + j * Vector::width);
   MOESAIC_UNROLL
   for (int i = 0; i < rows; ++i) {
     const Vector left = Vector::fill(a[i * row_stride]);
     MOESAIC_UNROLL
-    for (int j = 0; j < tile_vectors; ++j) sums[i][j] = multiply_add(left, right[j], sums[i][j]);
+    for (int j = 0; j < vectors; ++j) sums[i][j] = multiply_add(left, right[j], sums[i][j]);
   }
 }
 
-// The sum over steps of a's column times the panel's row, (rows, panel_width). Element (row i, step p) of the left factor
-// is a[i * row_stride + p * step_stride].
-template <int rows, int row_stride, int step_stride, class Element>
+// The sum over steps of a's column times the first `vectors` vectors of the panel's row. Element (row i, step p) of the
+// left factor is a[i * row_stride + p * step_stride].
+template <int rows, int vectors, int row_stride, int step_stride, class Element>
 void full_tile(const float* a, const float* panel, int64_t steps, const Into<Element> into, Ahead& ahead) {
-  Vector sums[rows][tile_vectors];
+  Vector sums[rows][vectors];
   MOESAIC_UNROLL
   for (int i = 0; i < rows; ++i) {
     MOESAIC_UNROLL
-    for (int j = 0; j < tile_vectors; ++j) sums[i][j] = Vector::fill(0.0f);
+    for (int j = 0; j < vectors; ++j) sums[i][j] = Vector::fill(0.0f);
   }
   int64_t p = 0;
   for (int64_t i = 0; p + stretch <= steps; p += stretch, ++i) {
-    if (i < rows) into.prefetch(i);
+    if (i < rows) into.prefetch(i, vectors * Vector::width);
     ahead.some();
     MOESAIC_UNROLL
     for (int k = 0; k < stretch; ++k) {
-      add_step<rows, row_stride>(a + k * step_stride, panel + k * panel_width, sums);
+      add_step<rows, vectors, row_stride>(a + k * step_stride, panel + k * panel_width, sums);
     }
     a += stretch * step_stride;
     panel += stretch * panel_width;
   }
-  for (; p < steps; ++p, a += step_stride, panel += panel_width) add_step<rows, row_stride>(a, panel, sums);
+  for (; p < steps; ++p, a += step_stride, panel += panel_width) add_step<rows, vectors, row_stride>(a, panel, sums);
   MOESAIC_UNROLL
   for (int i = 0; i < rows; ++i) {
     MOESAIC_UNROLL
-    for (int j = 0; j < tile_vectors; ++j) into.put(i, j * Vector::width, sums[i][j]);
+    for (int j = 0; j < vectors; ++j) into.put(i, j * Vector::width, sums[i][j]);
   }
 }
 
-template <int row_stride, int step_stride, class Element, int most_rows = tile_rows>
-void full_tile_of(int64_t rows, const float* a, const float* panel, int64_t steps, const Into<Element>& into,
-                  Ahead& ahead) {
+template <int vectors, int row_stride, int step_stride, class Element, int most_rows = tile_rows>
+void full_tile_of_rows(int64_t rows, const float* a, const float* panel, int64_t steps, const Into<Element>& into,
+                       Ahead& ahead) {
   if constexpr (most_rows > 0) {
     if (rows == most_rows) {
-      full_tile<most_rows, row_stride, step_stride>(a, panel, steps, into, ahead);
+      full_tile<most_rows, vectors, row_stride, step_stride>(a, panel, steps, into, ahead);
     } else {
-      full_tile_of<row_stride, step_stride, Element, most_rows - 1>(rows, a, panel, steps, into, ahead);
+      full_tile_of_rows<vectors, row_stride, step_stride, Element, most_rows - 1>(rows, a, panel, steps, into, ahead);
     }
   }
 }
 
-// The same where the result has only `width` columns; the panel is full all the same.
+template <int row_stride, int step_stride, class Element, int most_vectors = tile_vectors>
+void full_tile_of(int64_t rows, int64_t vectors, const float* a, const float* panel, int64_t steps,
+                  const Into<Element>& into, Ahead& ahead) {
+  if constexpr (most_vectors > 0) {
+    if (vectors == most_vectors) {
+      full_tile_of_rows<most_vectors, row_stride, step_stride>(rows, a, panel, steps, into, ahead);
+    } else {
+      full_tile_of<row_stride, step_stride, Element, most_vectors - 1>(rows, vectors, a, panel, steps, into, ahead);
+    }
+  }
+}
+
+// The same where the result has only `width` columns, which may end within a vector; the panel's go on.
 template <int row_stride, int step_stride, class Element>
 void tile(int64_t rows, int64_t width, const float* a, const float* panel, int64_t steps, const Into<Element>& into,
           Ahead& ahead) {
-  if (width == panel_width) {
-    full_tile_of<row_stride, step_stride>(rows, a, panel, steps, into, ahead);
+  const int64_t vectors = divide_up(width, Vector::width);
+  if (width == vectors * Vector::width) {
+    full_tile_of<row_stride, step_stride>(rows, vectors, a, panel, steps, into, ahead);
     return;
   }
   float whole[tile_rows * panel_width];
-  full_tile_of<row_stride, step_stride>(rows, a, panel, steps, Into<float>{whole, panel_width, false}, ahead);
+  const Into<float> into_whole{whole, panel_width, false};
+  full_tile_of<row_stride, step_stride>(rows, vectors, a, panel, steps, into_whole, ahead);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < width; ++j) into.put(i, j, whole[i * panel_width + j]);
   }
