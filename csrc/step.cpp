@@ -69,3 +69,12 @@ extern "C" int moesaic_route(const moesaic_router_step* step, int threads, const
                     kernels->route(*step, first, last, scratch, logits, expert_ids, weights);
                   });
 }
+
+extern "C" int moesaic_top_k(const float* values, int64_t num_rows, int64_t size, int64_t k, int threads,
+                             const char* instruction_set, int64_t* ids) {
+  const StepKernels* const kernels = usable_kernels().named(instruction_set);
+  if (!kernels) return -1;
+  return in_parts(threads, num_rows, size * k, size, [&](int64_t first, int64_t last, float* scratch) {
+    kernels->top_k(values, first, last, size, k, scratch, ids);
+  });
+}

@@ -57,6 +57,10 @@ typedef struct {
 int moesaic_route(const moesaic_router_step* step, int threads, const char* instruction_set, float* logits,
                   int64_t* expert_ids, float* weights);
 
+// ids (num_rows, k): where the k highest of each row of values (num_rows, size) stand, in descending order.
+int moesaic_top_k(const float* values, int64_t num_rows, int64_t size, int64_t k, int threads, const char* instruction_set,
+                  int64_t* ids);
+
 #ifdef __cplusplus
 }
 #endif

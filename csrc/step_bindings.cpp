@@ -29,6 +29,12 @@ int route(nb::tuple described, int64_t num_tokens, uintptr_t x, int threads, con
   return moesaic_route(&step, threads, instruction_set, logits, expert_ids, weights);
 }
 
+int top_k(uintptr_t values, int64_t num_rows, int64_t size, int64_t k, int threads, const char* instruction_set,
+          uintptr_t ids) {
+  nb::gil_scoped_release unlocked;
+  return moesaic_top_k(at<const float>(values), num_rows, size, k, threads, instruction_set, at<int64_t>(ids));
+}
+
 }  // namespace
 
 moesaic_attention_step attention_step(const nb::tuple& described) {
@@ -70,4 +76,6 @@ void bind_step(nb::module_& module) {
              nb::arg("y"), "See moesaic_attend in step.h.");
   module.def("route", &route, nb::arg("step"), nb::arg("num_tokens"), nb::arg("x"), nb::arg("threads"),
              nb::arg("instruction_set"), nb::arg("outputs"), "See moesaic_route in step.h.");
+  module.def("top_k", &top_k, nb::arg("values"), nb::arg("num_rows"), nb::arg("size"), nb::arg("k"), nb::arg("threads"),
+             nb::arg("instruction_set"), nb::arg("ids"), "See moesaic_top_k in step.h.");
 }

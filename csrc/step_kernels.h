@@ -17,6 +17,9 @@ struct StepKernels {
   // Tokens first .. last - 1. `scratch` has room for E floats.
   void (*route)(const moesaic_router_step& step, int64_t first, int64_t last, float* scratch, float* logits,
                 int64_t* expert_ids, float* weights);
+
+  // Rows first .. last - 1. `scratch` has room for a row.
+  void (*top_k)(const float* values, int64_t first, int64_t last, int64_t size, int64_t k, float* scratch, int64_t* ids);
 };
 
 namespace {

@@ -194,6 +194,13 @@ void route(const moesaic_router_step& step, int64_t first, int64_t last, float* 
   }
 }
 
-constexpr StepKernels step_kernels{rms_norm, rms_of_rows, attend, route};
+void top_k(const float* values, int64_t first, int64_t last, int64_t size, int64_t k, float* scratch, int64_t* ids) {
+  for (int64_t i = first; i < last; ++i) {
+    copy_floats(values + i * size, size, scratch);
+    take_highest(scratch, size, k, ids + i * k);
+  }
+}
+
+constexpr StepKernels step_kernels{rms_norm, rms_of_rows, attend, route, top_k};
 
 }  // namespace

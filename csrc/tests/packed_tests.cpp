@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "packed.h"
+#include "block.h"
 #include "random_tests.h"
 
 namespace {
@@ -345,6 +345,38 @@ void test_wrong_formats_are_refused() {
   expect(moesaic_packed_experts_forward(&experts, 1, "", y.data()) == -3, "down of another size");
 }
 
+// Its parts are tested by themselves: here, that it stays within its arrays and does not depend on threads.
+void test_block() {
+  const int64_t B = 1 + below(3), L = 1 + below(3), S = L + below(40), G = 1 + below(2), H = G * (1 + below(3));
+  const int64_t d = 2 * (1 + below(20)), D = 1 + below(150), F = 1 + below(90), E = 1 + below(6);
+  const Packed query(1, H * d, D), key(1, G * d, D), value(1, G * d, D), output(1, D, H * d);
+  const Packed gate_up(E, 2 * F, D), down(E, D, F);
+  const auto norm = numbers(D), bias = numbers(H * d), router = numbers(E * D), x = numbers(B * L * D);
+  const auto cosine = numbers(B * L * d), sine = numbers(B * L * d), cache = numbers(B * G * S * d);
+  const std::vector<uint8_t> mask(static_cast<size_t>(L * S), 1);
+  moesaic_block_step block{};
+  block.attention_norm = block.feed_forward_norm = norm.data(), block.norm_eps = 1e-6f, block.residual = 0.5f;
+  block.query = {query.view(), bias.data()}, block.key = {key.view(), nullptr};
+  block.value = {value.view(), nullptr}, block.output = {output.view(), nullptr};
+  moesaic_attention_step& attention = block.attention;
+  attention.batch_size = B, attention.num_new = L, attention.num_keys = attention.cache_capacity = S;
+  attention.num_heads = H, attention.num_key_value_heads = G, attention.head_dim = attention.rotary_dim = d;
+  attention.cosine = cosine.data(), attention.sine = sine.data(), attention.mask = mask.data(), attention.scale = 0.2f;
+  block.router.hidden_size = D, block.router.num_experts = E, block.router.top_k = 1 + below(E);
+  block.router.scaling = 1, block.router.weight = router.data();
+  block.experts.num_experts = E, block.experts.hidden_size = D, block.experts.intermediate_size = F;
+  block.experts.gate_up = gate_up.view(), block.experts.down = down.view();
+  std::vector<float> results[2];
+  for (int i = 0; i < 2; ++i) {
+    std::vector<float> keys = cache, values = cache;
+    attention.keys = keys.data(), attention.values = values.data();
+    results[i].resize(x.size());
+    expect(moesaic_block(&block, x.data(), i ? 3 : 1, results[i].data()) == 0, "block");
+  }
+  expect(results[0] == results[1], "block: the number of threads changes it");
+  for (const float each : results[0]) expect(std::isfinite(each), "block: not finite");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -356,6 +388,7 @@ int main(int argc, char** argv) {
     test_what_is_not_finite_stays_so();
     test_linear(most_rows);
     test_layer(most_rows);
+    test_block();
   }
   return verdict();
 }

@@ -1,6 +1,7 @@
 // The small operators of every instruction set on arrays of exactly their sizes, to be built with sanitizers. Their numbers
 // are held against torch elsewhere; here all instruction sets and numbers of threads must agree. The first argument seeds
 // the random sizes and numbers. Prints what is wrong and exits with 1.
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -87,6 +88,18 @@ void test_route() {
   });
 }
 
+void test_top_k() {
+  const int64_t rows = below(300), size = 1 + below(200), k = 1 + below(std::min<int64_t>(size, 9));
+  const auto values = numbers(rows * size);
+  agree("top_k", 0, [&](const char* set, int threads) -> Results {
+    std::vector<int64_t> ids(static_cast<size_t>(rows * k));
+    if (moesaic_top_k(values.data(), rows, size, k, threads, set, ids.data())) return {};
+    std::vector<float> highest(ids.size());
+    for (size_t i = 0; i < ids.size(); ++i) highest[i] = values[i / size_t(k) * size_t(size) + size_t(ids[i])];
+    return {highest};
+  });
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -95,6 +108,7 @@ int main(int argc, char** argv) {
     test_rms_norm();
     test_attend();
     test_route();
+    test_top_k();
   }
   return verdict();
 }

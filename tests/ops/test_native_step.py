@@ -181,6 +181,18 @@ def test_logits_of_any_size_give_finite_weights(scores: str) -> None:
         assert_close(weights.sum(-1), torch.ones(3, dtype=torch.float64))
 
 
+@EVERY
+@pytest.mark.parametrize("shape", [(1, 64, 8), (4097, 32, 4), (5, 7, 7), (3, 1, 1), (0, 8, 2)])
+def test_top_k(instruction_set: str, shape: tuple[int, int, int]) -> None:
+    rows, size, k = shape
+    values = torch.randn(rows, size)
+    assert native_step.ranks(values)
+    ids = native_step.top_k(values, k, instruction_set=instruction_set)
+    assert torch.equal(values.gather(1, ids), values.topk(k, dim=-1).values)
+    ties = torch.zeros(rows, size)
+    assert torch.equal(native_step.top_k(ties, k, instruction_set=instruction_set), torch.arange(k).expand(rows, k))
+
+
 def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(UsageError, match="no native kernels for 'mmx'"):
         native_step.rms_norm(torch.ones(1, 4), None, EPS, instruction_set="mmx")

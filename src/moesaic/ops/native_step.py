@@ -33,6 +33,17 @@ def serves(x: Tensor) -> bool:
     )
 
 
+def ranks(values: Tensor) -> bool:
+    """Whether `top_k` takes them: float32 on the CPU, and nobody is tracing."""
+    return (
+        values.dtype == torch.float32
+        and values.device.type == "cpu"
+        and type(values) is Tensor
+        and not torch.compiler.is_compiling()
+        and native_module() is not None
+    )
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, instruction_set: str = "") -> Tensor:
     """x (..., size) / rms(x), times `weight` (size,) where there is one (arXiv 1910.07467)."""
     x = x.contiguous()
@@ -159,6 +170,20 @@ def route(step: RouterStep, x: Tensor, *, instruction_set: str = "") -> tuple[Te
     )
     raise_for(status, instruction_set, _usable)
     return logits_TE, ids_TK, weights_TK
+
+
+def top_k(values: Tensor, k: int, *, instruction_set: str = "") -> Tensor:
+    """values (T, E) -> where the k highest of each row stand (T, k) int64, descending, the first of equal ones.
+
+    Several times as fast as torch for rows as short as those of a router. No gradient passes; see `ranks`.
+    """
+    values = values.contiguous()
+    ids_Tk = torch.empty(len(values), k, dtype=torch.int64)
+    status = native().top_k(
+        values.data_ptr(), *values.shape, k, torch.get_num_threads(), instruction_set, ids_Tk.data_ptr()
+    )
+    raise_for(status, instruction_set, _usable)
+    return ids_Tk
 
 
 def _usable() -> list[str]:

@@ -3,6 +3,7 @@
 E experts, M x N one matrix.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -52,10 +53,10 @@ class Muon(Optimizer):
                 matrices = nesterov.unflatten(-2, (group["stacked"], -1))
                 update = orthogonalize(matrices).reshape(parameter.shape)
                 # Orthogonalised, even a faded momentum has full size: an idle expert would drift on. It rests instead.
-                has_gradient = parameter.grad.flatten(-2).any(-1)[..., None, None]
+                largest = torch.linalg.vector_norm(parameter.grad, ord=math.inf, dim=(-2, -1), keepdim=True)
                 scale = 0.2 * max(matrices.shape[-2:]) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.addcmul_(update, has_gradient.to(update.dtype), value=-group["lr"] * scale)
+                parameter.addcmul_(update, (largest != 0).to(update.dtype), value=-group["lr"] * scale)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -47,10 +47,16 @@ class TopKRouter(LinearRouter):
     def select(self, logits: Tensor, context: RoutingContext) -> Choice:
         selection_TE = self.selection(logits, context)
         if self.capacity_factor is None or not self.training:
-            return Choice.of_topk(selection_TE.topk(self.top_k, dim=-1).indices)
+            return Choice.of_topk(self._highest(selection_TE))
         capacity_B = sequence_capacity(context, self.capacity_factor * self.top_k / self.num_experts)
         another_if_full = self.drop_policy == "next_choice"
         return choose_within_capacity(selection_TE, self.top_k, capacity_B, context, another_if_full=another_if_full)
+
+    def _highest(self, selection: Tensor) -> Tensor:
+        """(T, E) -> (T, K)."""
+        if native_step.ranks(selection):
+            return native_step.top_k(selection, self.top_k)
+        return selection.topk(self.top_k, dim=-1).indices
 
     def weigh(self, logits: Tensor, choice: Choice) -> Tensor:
         if choice.top_k != self.top_k:
