@@ -16,13 +16,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from statistics import median, quantiles
 
+import matplotlib
 import torch
 from common import Row, note, run_benchmark
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional
 
+from moesaic.analysis.plots import DENSE, SPARSE, STYLE
 from moesaic.ops import BACKENDS, ExpertWeights, Routing
 from moesaic.ops.device import cpu_set_up_for_training, measured_matmul_peak
 
@@ -177,7 +182,10 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
                 rows += _measure_shape(shape, dtype, rounds, compile_too=compiler and not arguments.quick)
             rows.append(_measure_decoding(dtype, rounds))
         if arguments.dtype != "bfloat16":
-            rows += _measure_growth(rounds)
+            growth = _measure_growth(rounds)
+            rows += growth
+            if arguments.plot:
+                _plot(growth, Path(arguments.plot))
     return rows
 
 
@@ -261,6 +269,29 @@ def _measure_growth(rounds: int) -> list[Row]:
     return rows
 
 
+def _plot(growth: list[Row], path: Path) -> None:
+    """Time over the number of experts, both relative to the fewest."""
+    experts = [shape.E for shape in GROWING]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(
+            experts,
+            [1.0, *(row.ratio for row in growth if row.ratio is not None)],
+            "o-",
+            color=SPARSE,
+            label="measured",
+        )
+        axes.axhline(GOAL_OF_GROWTH, color=DENSE, linestyle="--", label="goal")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(experts, map(str, experts))
+        axes.set_ylim(0, 1.3)
+        axes.set_xlabel("experts, of which each token visits as many")
+        axes.set_title(f"time of forward and backward, over that with {experts[0]} experts")
+        axes.legend(loc="lower right")
+        FigureCanvasAgg(figure).print_png(path)
+
+
 def _time(sides: list[Side], grad_y: Tensor, rounds: int) -> None:
     """One step of each in turn, there and back, so that nobody always follows the same one."""
     first = {side.name + str(i): min(side.step(grad_y) for _ in range(WARM_UP_ROUNDS)) for i, side in enumerate(sides)}
@@ -300,4 +331,5 @@ if __name__ == "__main__":
         ("--rounds", {"type": int, "help": "timed steps of each side (default 24, quick 6)"}),
         ("--dtype", {"choices": list(DTYPES), "help": "only this type; default: both"}),
         ("--threads", {"type": int, "help": "threads of every side; default: torch's"}),
+        ("--plot", {"help": "draw the cost of more experts as a PNG here"}),
     )
