@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from moesaic.errors import MoesaicError, UsageError
 from moesaic.ops.device import device_name, resolve_device
 from moesaic.ops.instruction_set import instruction_set
 
@@ -70,17 +71,32 @@ def commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
+def positive(text: str) -> int:
+    """A flag's number, of which at least one is needed."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return int(text)
+
+
 def run_benchmark(
     description: str, measure: Callable[[argparse.Namespace], Sequence[Row]], *flags: tuple[str, dict[str, object]]
 ) -> None:
-    """Parse --quick, --json and the script's own flags, measure, and print the rows. Exits 0 whatever the outcome."""
+    """Parse --quick, --json and the script's own flags, measure, and print the rows.
+
+    Exits 0 whatever the outcome, 2 for flags that make no sense, and 1 where something is missing.
+    """
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="less work, under two minutes")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     for name, options in flags:
         parser.add_argument(name, **options)  # type: ignore[arg-type]
     arguments = parser.parse_args()
-    rows = list(measure(arguments))
+    try:
+        rows = list(measure(arguments))
+    except UsageError as error:
+        parser.error(str(error))
+    except MoesaicError as error:
+        raise SystemExit(f"error: {error}") from None
     if arguments.json:
         print(json.dumps({"hardware": hardware(), "commit": commit(), "rows": [asdict(row) for row in rows]}))
         return

@@ -19,7 +19,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from common import Row, note, run_benchmark
+from common import Row, note, positive, run_benchmark
 from inference.limits import Limits, measure_limits
 from inference.linear import PEERS, linear_rows
 from inference.runners import Llama, Ours, Transformers
@@ -284,16 +284,16 @@ if __name__ == "__main__":
         __doc__ or "",
         measure,
         ("--formats", {"default": ",".join(FORMATS), "help": "which of them, separated by commas"}),
-        ("--rounds", {"type": int, "help": "timed turns of each side and work (default 9, quick 3)"}),
-        ("--threads", {"type": int, "default": 2, "help": "of every side"}),
-        ("--prefill", {"type": int, "default": PREFILL_TOKENS, "help": "tokens of a prompt"}),
-        ("--layers", {"type": int, "default": LAYERS}),
-        ("--width", {"type": int, "default": WIDTH, "help": "of the residual stream"}),
-        ("--expert-width", {"type": int, "default": EXPERT_WIDTH, "help": "inner width of an expert"}),
-        ("--experts", {"type": int, "default": EXPERTS}),
-        ("--top-k", {"type": int, "default": TOP_K, "help": "experts per token"}),
-        ("--heads", {"type": int, "default": HEADS}),
-        ("--vocabulary", {"type": int, "default": VOCABULARY}),
+        ("--rounds", {"type": positive, "help": "timed turns of each side and work (default 9, quick 3)"}),
+        ("--threads", {"type": positive, "default": 2, "help": "of every side"}),
+        ("--prefill", {"type": positive, "default": PREFILL_TOKENS, "help": "tokens of a prompt"}),
+        ("--layers", {"type": positive, "default": LAYERS}),
+        ("--width", {"type": positive, "default": WIDTH, "help": "of the residual stream"}),
+        ("--expert-width", {"type": positive, "default": EXPERT_WIDTH, "help": "inner width of an expert"}),
+        ("--experts", {"type": positive, "default": EXPERTS}),
+        ("--top-k", {"type": positive, "default": TOP_K, "help": "experts per token"}),
+        ("--heads", {"type": positive, "default": HEADS}),
+        ("--vocabulary", {"type": positive, "default": VOCABULARY}),
         ("--seed", {"type": int, "default": 0, "help": "of the tokens"}),
         ("--scratch", {"help": "a folder that keeps the models (12 GB for all formats), so that a second run starts"}),
     )

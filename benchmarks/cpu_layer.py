@@ -21,7 +21,7 @@ from statistics import median, quantiles
 
 import matplotlib
 import torch
-from common import Row, note, run_benchmark
+from common import Row, note, positive, run_benchmark
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -328,8 +328,8 @@ if __name__ == "__main__":
     run_benchmark(
         __doc__ or "",
         measure,
-        ("--rounds", {"type": int, "help": "timed steps of each side (default 24, quick 6)"}),
+        ("--rounds", {"type": positive, "help": "timed steps of each side (default 24, quick 6)"}),
         ("--dtype", {"choices": list(DTYPES), "help": "only this type; default: both"}),
-        ("--threads", {"type": int, "help": "threads of every side; default: torch's"}),
+        ("--threads", {"type": positive, "help": "threads of every side; default: torch's"}),
         ("--plot", {"help": "draw the cost of more experts as a PNG here"}),
     )

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import ROOT, Row, note, run_benchmark
+from common import ROOT, Row, note, positive, run_benchmark
 
 from moesaic.accounting import weight_bytes
 from moesaic.config import ModelConfig, MoEConfig
@@ -121,4 +121,4 @@ def run(side: str, directory: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_benchmark(__doc__ or "", measure, ("--repeats", {"type": int, "default": 5, "help": "timed rounds"}))
+    run_benchmark(__doc__ or "", measure, ("--repeats", {"type": positive, "default": 5, "help": "timed rounds"}))

@@ -10,7 +10,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from common import Row, note, run_benchmark
+from common import Row, note, positive, run_benchmark
 from rich.console import Console
 
 from moesaic.analysis.comparison import Comparison, RunCurve
@@ -92,7 +92,7 @@ if __name__ == "__main__":
     run_benchmark(
         __doc__ or "",
         measure,
-        ("--seeds", {"type": int, "default": 3, "help": "seeds 0 to N-1"}),
+        ("--seeds", {"type": positive, "default": 3, "help": "seeds 0 to N-1"}),
         ("--minutes", {"type": float, "default": 5.0, "help": "length of one race, as in moesaic demo"}),
         ("--text", {"help": "a file or folder of text as a second corpus"}),
     )

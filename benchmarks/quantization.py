@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Row, note, run_benchmark
+from common import Row, note, positive, run_benchmark
 from inference.runners import int4_everywhere
 from numpy.typing import NDArray
 from rich.console import Console
@@ -236,9 +236,9 @@ if __name__ == "__main__":
         __doc__ or "",
         measure,
         ("--run", {"help": "a run directory of softmax top-k experts; default: a model trained here"}),
-        ("--steps", {"type": int, "default": 400, "help": "of the training here, 4,096 tokens each"}),
-        ("--tokens", {"type": int, "default": 32768, "help": "of validation text"}),
+        ("--steps", {"type": positive, "default": 400, "help": "of the training here, 4,096 tokens each"}),
+        ("--tokens", {"type": positive, "default": 32768, "help": "of validation text"}),
         ("--seed", {"type": int, "default": 0, "help": "of the training here"}),
-        ("--threads", {"type": int, "default": 2}),
+        ("--threads", {"type": positive, "default": 2}),
         ("--scratch", {"help": "a folder that keeps the trained model, so that a second run starts at once"}),
     )

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, commit, hardware, note, run_benchmark
+from common import Row, commit, hardware, note, positive, run_benchmark
 from rich.console import Console
 
 from moesaic.accounting import count_parameters, training_flops_per_token
@@ -328,25 +328,25 @@ def _shown(ratio: float | None) -> str:
 
 
 FLAGS: tuple[tuple[str, dict[str, object]], ...] = (
-    ("--seeds", {"type": int, "default": 3, "help": "seeds 0 to N-1"}),
+    ("--seeds", {"type": positive, "default": 3, "help": "seeds 0 to N-1"}),
     ("--share", {"type": float, "default": 0.55, "help": "length of the sparse run, as a share of the dense one's"}),
     ("--tokens-per-parameter", {"type": float, "default": 20.0, "help": "of the dense twin, active ones"}),
-    ("--width", {"type": int, "default": 64, "help": "of the residual stream"}),
-    ("--layers", {"type": int, "default": 3}),
-    ("--inner", {"type": int, "default": 256, "help": "feed-forward units that work for a token"}),
-    ("--head-dim", {"type": int, "default": 16}),
-    ("--vocabulary", {"type": int, "default": 2048}),
-    ("--experts", {"type": int, "default": 32}),
-    ("--top-k", {"type": int, "default": 4, "help": "experts per token"}),
+    ("--width", {"type": positive, "default": 64, "help": "of the residual stream"}),
+    ("--layers", {"type": positive, "default": 3}),
+    ("--inner", {"type": positive, "default": 256, "help": "feed-forward units that work for a token"}),
+    ("--head-dim", {"type": positive, "default": 16}),
+    ("--vocabulary", {"type": positive, "default": 2048}),
+    ("--experts", {"type": positive, "default": 32}),
+    ("--top-k", {"type": positive, "default": 4, "help": "experts per token"}),
     ("--router", {"choices": tuple(ROUTERS), "default": "sigmoid", "help": "scores, and what balances them"}),
     ("--optimizer", {"choices": ("muon", "adamw"), "default": "muon"}),
     ("--rate", {"type": float, "default": 1.0, "help": "factor on all learning rates of the recipe"}),
     ("--decay", {"type": float, "default": 0.8, "help": "share of a run over which the rates fall"}),
-    ("--batch", {"type": int, "default": 64, "help": "sequences per step"}),
-    ("--length", {"type": int, "default": 128, "help": "tokens of a sequence"}),
+    ("--batch", {"type": positive, "default": 64, "help": "sequences per step"}),
+    ("--length", {"type": positive, "default": 128, "help": "tokens of a sequence"}),
     ("--data", {"default": "stdlib", "help": "text to train on, as in moesaic train"}),
-    ("--slice", {"type": int, "default": 50, "help": "steps of a turn of the dense twin"}),
-    ("--threads", {"type": int, "help": "default: torch's"}),
+    ("--slice", {"type": positive, "default": 50, "help": "steps of a turn of the dense twin"}),
+    ("--threads", {"type": positive, "help": "default: torch's"}),
     ("--scratch", {"help": "a folder that keeps data and races, so that a second start goes on"}),
     ("--record", {"help": "write the race as a page of Markdown here, and a plot beside it"}),
 )

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, Row, note, run_benchmark
+from common import ROOT, Row, note, positive, run_benchmark
 
 STEPS = 800
 CONFIG = """
@@ -155,6 +155,6 @@ if __name__ == "__main__":
     run_benchmark(
         __doc__ or "",
         measure,
-        ("--kills", {"type": int, "help": "how many processes are killed (default 100, quick 20)"}),
+        ("--kills", {"type": positive, "help": "how many processes are killed (default 100, quick 20)"}),
         ("--seed", {"type": int, "help": "seed of the moments; default: fresh"}),
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-from common import Row, note, run_benchmark
+from common import Row, note, positive, run_benchmark
 from torch import Tensor
 
 from moesaic.config import ModelConfig, MoEConfig
@@ -139,10 +139,10 @@ if __name__ == "__main__":
         measure,
         ("--routers", {"default": "softmax_topk,sigmoid_topk", "help": "separated by commas"}),
         ("--dtypes", {"default": "float32", "help": "float32, bfloat16 or both, separated by a comma"}),
-        ("--rounds", {"type": int, "default": 15, "help": "timed rounds"}),
-        ("--tokens", {"type": int, "default": 4096, "help": "T, a multiple of 512"}),
-        ("--hidden-size", {"type": int, "default": 512, "help": "D"}),
-        ("--intermediate-size", {"type": int, "default": 256, "help": "F"}),
-        ("--experts", {"type": int, "default": 64, "help": "E"}),
-        ("--top-k", {"type": int, "default": 8, "help": "K"}),
+        ("--rounds", {"type": positive, "default": 15, "help": "timed rounds"}),
+        ("--tokens", {"type": positive, "default": 4096, "help": "T, a multiple of 512"}),
+        ("--hidden-size", {"type": positive, "default": 512, "help": "D"}),
+        ("--intermediate-size", {"type": positive, "default": 256, "help": "F"}),
+        ("--experts", {"type": positive, "default": 64, "help": "E"}),
+        ("--top-k", {"type": positive, "default": 8, "help": "K"}),
     )

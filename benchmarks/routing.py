@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import Estimate, Row, commit, hardware, note, run_benchmark
+from common import Estimate, Row, commit, hardware, note, positive, run_benchmark
 from rich.console import Console
 
 from moesaic.accounting import count_parameters, training_flops_per_token
@@ -377,7 +377,7 @@ if __name__ == "__main__":
     run_benchmark(
         __doc__ or "",
         measure,
-        ("--seeds", {"type": int, "default": 3, "help": "seeds 0 to N-1"}),
+        ("--seeds", {"type": positive, "default": 3, "help": "seeds 0 to N-1"}),
         ("--minutes", {"type": float, "default": 2.0, "help": "length of a race, as in moesaic demo (both twins)"}),
         ("--text", {"help": "a file or folder of text as a second corpus"}),
         ("--only", {"default": "", "help": "contestants, separated by commas: " + ", ".join(CONTESTANTS)}),

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Row, note, run_benchmark
+from common import Row, note, positive, run_benchmark
 from torch import nn
 from torch.nn import functional
 
@@ -318,6 +318,6 @@ if __name__ == "__main__":
     run_benchmark(
         __doc__ or "",
         measure,
-        ("--rounds", {"type": int, "help": "timed steps of each side (default 15, quick 5)"}),
-        ("--tokens", {"type": int, "help": "tokens of a step; default: as the recipe says, quick a quarter"}),
+        ("--rounds", {"type": positive, "help": "timed steps of each side (default 15, quick 5)"}),
+        ("--tokens", {"type": positive, "help": "tokens of a step; default: as the recipe says, quick a quarter"}),
     )

@@ -1,9 +1,11 @@
 """Sampling: greedy, top-k, nucleus, seeds, and the distribution itself. V vocabulary."""
 
+import pytest
 import torch
 
 from moesaic.config import SamplingConfig
 from moesaic.engine.sampler import Sampler
+from moesaic.errors import MoesaicError
 
 V = 20
 
@@ -39,3 +41,11 @@ def test_the_same_seed_draws_the_same_tokens() -> None:
     logits = torch.randn(V)
     assert draws(logits, 30, temperature=1.0, seed=7) == draws(logits, 30, temperature=1.0, seed=7)
     assert draws(logits, 30, temperature=1.0, seed=7) != draws(logits, 30, temperature=1.0, seed=8)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_no_number_is_refused(temperature: float) -> None:
+    logits = torch.randn(V)
+    logits[3] = torch.nan
+    with pytest.raises(MoesaicError, match="not numbers"):
+        draws(logits, 1, temperature=temperature)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moesaic.config import SamplingConfig
+from moesaic.errors import MoesaicError
 
 
 class Sampler:
@@ -17,9 +18,11 @@ class Sampler:
         self._generator = torch.Generator(device="cpu").manual_seed(config.seed)
 
     def draw(self, logits: Tensor) -> int:
-        """logits (V,) -> token id. Temperature 0 takes the most likely one."""
+        """logits (V,) -> token id. Temperature 0 takes the most likely one. Raises MoesaicError for NaN."""
         config = self.config
         logits_V = logits.detach().float().cpu()
+        if bool(logits_V.isnan().any()):
+            raise MoesaicError("the model's logits are not numbers: its weights are damaged, or overflow its dtype")
         if config.temperature == 0:
             return int(logits_V.argmax())
         logits_V = logits_V / config.temperature
