@@ -166,3 +166,16 @@ def test_the_cache_holds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         caches.append(kv)
     assert torch.equal(caches[0].keys[..., :6, :], caches[1].keys[..., :6, :])
     assert torch.equal(caches[0].values[..., :6, :], caches[1].values[..., :6, :])
+
+
+def test_small_weights_of_another_type_are_read_as_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = quantized(SERVED["sigmoid, biased"]), random_tokens(2, 8)
+    for name, parameter in model.named_parameters():
+        if "bias" in name or "norm" in name or name.endswith("sinks"):
+            parameter.data = parameter.data.bfloat16()
+    with monkeypatch.context() as patch:
+        Calls(patch, allowed=False)
+        expected = decoded(model, tokens)
+    calls = Calls(monkeypatch)
+    assert torch.equal(decoded(model, tokens), expected)
+    assert calls.number

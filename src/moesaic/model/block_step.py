@@ -39,7 +39,7 @@ def block_step(block: "Block", x: Tensor, context: AttentionContext, seen: Routi
         and all(isinstance(norm, RMSNorm) for norm in norms)
         and all(isinstance(projection, PackedLinear) for projection in projections)
         and attention.native_serves(x, context)
-        and moe.router.native_serves(x.view(-1, x.shape[-1]), seen)
+        and moe.router.native_serves(x.flatten(0, 1), seen)
         and moe.is_plainly_packed
         and not any(map(_has_hooks, (*norms, *projections, attention, moe, moe.router, moe.experts)))
     ):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesaic.ops.native_call import address, native, raise_for
+from moesaic.ops.native_call import address, float32, native, raise_for
 from moesaic.ops.native_packed import described, described_experts
 from moesaic.ops.native_step import AttentionStep, RouterStep
 from moesaic.ops.quantize import PackedWeight
@@ -23,7 +23,7 @@ Linear = tuple[PackedWeight, Tensor | None]
 
 @dataclass(frozen=True)
 class BlockStep:
-    """What a step of a block reads besides its tokens. All tensors are contiguous, and float32 but for packed ones."""
+    """What a step of a block reads besides its tokens."""
 
     attention_norm: Tensor
     """(D,)."""
@@ -39,7 +39,14 @@ class BlockStep:
     attention: AttentionStep
     router: RouterStep
     experts: ExpertWeights
-    """Packed."""
+    """Packed, their biases float32 and contiguous."""
+
+    def __post_init__(self) -> None:
+        for name in ("attention_norm", "feed_forward_norm"):
+            object.__setattr__(self, name, float32(getattr(self, name)))
+        for name in ("query", "key", "value", "output"):
+            weight, bias = getattr(self, name)
+            object.__setattr__(self, name, (weight, float32(bias)))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (B, L, D) float32 -> (B, L, D); keys and values go into the cache."""

@@ -26,6 +26,11 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def float32(tensor: Tensor | None) -> Tensor | None:
+    """As the kernels read it, which trust an address, whatever stands there. Nothing is copied that is so already."""
+    return None if tensor is None else tensor.float().contiguous()
+
+
 def is_plain_call(x: Tensor) -> bool:
     """Whether nobody traces or differentiates: then the way through torch's dispatcher, which takes as long as a small
     operator does, can be left out."""

@@ -18,7 +18,7 @@ from moesaic.errors import UsageError
 from moesaic.ops.activation import Activation
 from moesaic.ops.instruction_set import native_module
 from moesaic.ops.native import NATIVE_ACTIVATIONS, make_plan
-from moesaic.ops.native_call import address, is_plain_call, raise_for
+from moesaic.ops.native_call import address, float32, is_plain_call, raise_for
 from moesaic.ops.quantize import PANEL, PackedWeight, unpack
 from moesaic.ops.reference import reference_experts
 from moesaic.ops.routing import Routing
@@ -103,7 +103,7 @@ def _linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, instruction_se
     native = _kernels_for(x, instruction_set)
     if native is None:
         return _unpacked_linear(x.reshape(-1, weight.columns), weight, bias).view(*leading, weight.rows)
-    wide_x, wide_bias, y = _float32(x), _float32(bias), torch.empty(*leading, weight.rows)
+    wide_x, wide_bias, y = float32(x), float32(bias), torch.empty(*leading, weight.rows)
     status = native.packed_linear(
         described(weight),
         address(wide_bias),
@@ -140,8 +140,8 @@ def _experts(
             x, Routing(token_ids, expert_ids, row_weights, nothing, num_experts, top_k=None), weights
         )
     plan = make_plan(native, token_ids.long(), expert_ids.long(), num_tokens, num_experts)
-    wide_x, wide_row_weights = _float32(x), _float32(row_weights)
-    wide = replace(weights, gate_up_bias=_float32(weights.gate_up_bias), down_bias=_float32(weights.down_bias))
+    wide_x, wide_row_weights = float32(x), float32(row_weights)
+    wide = replace(weights, gate_up_bias=float32(weights.gate_up_bias), down_bias=float32(weights.down_bias))
     y_TD = torch.empty(num_tokens, hidden_size)
     status = native.packed_experts_forward(
         described_experts(wide),
@@ -249,7 +249,3 @@ def _require_shapes(*tensors: tuple[str, Tensor | None, tuple[int, ...]]) -> Non
     for name, tensor, shape in tensors:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise UsageError(f"{name} has shape {tuple(tensor.shape)}; the packed weights need {shape}")
-
-
-def _float32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moesaic.ops.instruction_set import native_module
-from moesaic.ops.native_call import address, is_plain_call, native, raise_for
+from moesaic.ops.native_call import address, float32, is_plain_call, native, raise_for
 
 FEW_TOKENS = 16
 """Up to so many tokens the calls cost more than the work."""
@@ -50,7 +50,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, instruction_set: s
     y = torch.empty_like(x)
     size = x.shape[-1]
     rows = x.numel() // size if size else 0
-    weight = None if weight is None else weight.float().contiguous()
+    weight = float32(weight)
     status = native().rms_norm(
         x.data_ptr(), address(weight), rows, size, eps, torch.get_num_threads(), instruction_set, y.data_ptr()
     )
@@ -75,7 +75,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class AttentionStep:
-    """What new queries, keys and values meet in a layer. All tensors are contiguous."""
+    """What new queries, keys and values meet in a layer. The cache and the mask are contiguous."""
 
     heads: Heads
     keys: Tensor
@@ -90,6 +90,13 @@ class AttentionStep:
     """Weights of the norms of queries and keys, (d,) or (H d,) and (G d,)."""
     sinks: Tensor | None = None
     """(H,), as in `moesaic.model.softmax_attention.attend`."""
+
+    def __post_init__(self) -> None:
+        for name in ("rotary", "norms"):
+            pair = getattr(self, name)
+            if pair is not None:
+                object.__setattr__(self, name, tuple(map(float32, pair)))
+        object.__setattr__(self, "sinks", float32(self.sinks))
 
     def described(self, batch: int, length: int) -> tuple[object, ...]:
         """As csrc/step_bindings.cpp reads it."""
@@ -126,7 +133,7 @@ def attend(step: AttentionStep, query: Tensor, key: Tensor, value: Tensor, *, in
 
 @dataclass(frozen=True)
 class RouterStep:
-    """A router that takes the best of each token. All tensors are contiguous."""
+    """A router that takes the best of each token."""
 
     weight: Tensor
     """(E, D)."""
@@ -143,6 +150,10 @@ class RouterStep:
     """(E,), of the logits."""
     selection_bias: Tensor | None = None
     """(E,), takes part in the choice alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "bias", "selection_bias"):
+            object.__setattr__(self, name, float32(getattr(self, name)))
 
     def described(self) -> tuple[object, ...]:
         """As csrc/step_bindings.cpp reads it."""

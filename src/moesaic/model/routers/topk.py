@@ -123,7 +123,7 @@ class ScoreTopKRouter(TopKRouter):
             normalise=self.norm_topk_prob,
             least_sum=self.norm_topk_min,
             scaling=self.routed_scaling_factor,
-            bias=None if self.bias is None else self.bias.float(),
+            bias=self.bias,
             selection_bias=self.expert_bias,
         )
 
