@@ -80,6 +80,7 @@ NB_MODULE(_native, module) {
              nb::arg("instruction_set"), nb::arg("pre_activations"), nb::arg("grad_y"), nb::arg("gradients"),
              "See moesaic_experts_backward in experts.h.");
   bind_block(module);
+  bind_muon(module);
   bind_packed(module);
   bind_step(module);
 }

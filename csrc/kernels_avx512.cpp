@@ -1,5 +1,6 @@
-// The experts and the operators of step.h with AVX-512.
+// The experts, the operators of step.h and the step of muon.h with AVX-512.
 #include "expert_kernels.h"
+#include "muon_kernels.h"
 #include "step_kernels.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -10,11 +11,14 @@ constexpr int tile_rows = 14, tile_vectors = 2;  // 28 sums, 2 of the right fact
 constexpr int dot_rows = 4;  // times dot_columns sums, and as many of the matrix
 }
 #include "expert_math.h"
+#include "muon_math.h"
 #include "step_math.h"
 
 const ExpertKernelsByElement* moesaic_expert_kernels_avx512() { return &expert_kernels; }
+const MuonKernels* moesaic_muon_kernels_avx512() { return &muon_kernels; }
 const StepKernels* moesaic_step_kernels_avx512() { return &step_kernels; }
 #else
 const ExpertKernelsByElement* moesaic_expert_kernels_avx512() { return nullptr; }
+const MuonKernels* moesaic_muon_kernels_avx512() { return nullptr; }
 const StepKernels* moesaic_step_kernels_avx512() { return nullptr; }
 #endif

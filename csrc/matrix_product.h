@@ -198,6 +198,22 @@ inline void copy_panel_row(const Element* from, int64_t width, float* to) {
   for (int64_t j = width; j < panel_width; ++j) to[j] = 0.0f;
 }
 
+// to (columns, rows) = from (rows, columns), transposed.
+template <class Element>
+inline void transpose(const Element* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  // Of a block that transpose_block() takes: rows and numbers of a row.
+  constexpr int size = Vector::width, row_size = size * int(sizeof(float) / sizeof(Element));
+  const int64_t whole_columns = columns / row_size * row_size, whole_rows = rows / size * size;
+  for (int64_t i = 0; i < whole_rows; i += size) {
+    for (int64_t j = 0; j < whole_columns; j += row_size) {
+      transpose_block(from + i * stride + j, stride, to + j * to_stride + i, to_stride);
+    }
+  }
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i) to[j * to_stride + i] = widened(from[i * stride + j]);
+  }
+}
+
 // A right factor (steps, columns) in memory: as it stands, or transposed, that is as (columns, steps).
 template <class Element>
 struct Right {
@@ -215,17 +231,8 @@ struct Right {
       for (int64_t p = 0; p < steps; ++p) copy_panel_row(data + p * stride, width, panel + p * panel_width);
       return;
     }
-    // Of a block that transpose_block() takes: rows and numbers of a row.
-    constexpr int size = Vector::width, row_size = size * int(sizeof(float) / sizeof(Element));
-    const int64_t whole_steps = steps / row_size * row_size, whole_width = width / size * size;
-    for (int64_t j = 0; j < whole_width; j += size) {
-      for (int64_t p = 0; p < whole_steps; p += row_size) {
-        transpose_block(data + j * stride + p, stride, panel + p * panel_width + j, panel_width);
-      }
-    }
-    for (int64_t p = 0; p < steps; ++p) {
-      const int64_t done = p < whole_steps ? whole_width : 0;
-      for (int64_t j = done; j < width; ++j) panel[p * panel_width + j] = widened(data[j * stride + p]);
+    transpose(data, stride, width, steps, panel, panel_width);
+    for (int64_t p = 0; width < panel_width && p < steps; ++p) {
       for (int64_t j = width; j < panel_width; ++j) panel[p * panel_width + j] = 0.0f;
     }
   }

@@ -4,7 +4,7 @@ E experts, M x N one matrix.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from moesaic.config import OptimizerConfig
+from moesaic.ops.native_muon import MatrixStack, muon_step
 
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_COEFFICIENTS = 5 * ((3.4445, -4.7750, 2.0315),)
+"""Of the Newton-Schulz iterations."""
 _NO_MATRICES = (
     "router.weight", "router.noise_weight", "shared_expert_gate.weight", "free_experts.constants", "free_experts.mix",
     "gate_up_bias", "down_bias", "lm_head.weight",
@@ -41,34 +43,47 @@ class Muon(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "Muon takes one gradient per step"
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"]
-                momentum.lerp_(parameter.grad, 1 - group["momentum"])
-                nesterov = torch.lerp(parameter.grad, momentum, group["momentum"])
-                matrices = nesterov.unflatten(-2, (group["stacked"], -1))
-                update = orthogonalize(matrices).reshape(parameter.shape)
-                # Orthogonalised, even a faded momentum has full size: an idle expert would drift on. It rests instead.
-                largest = torch.linalg.vector_norm(parameter.grad, ord=math.inf, dim=(-2, -1), keepdim=True)
-                scale = 0.2 * max(matrices.shape[-2:]) ** 0.5
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.addcmul_(update, (largest != 0).to(update.dtype), value=-group["lr"] * scale)
+            stacks = [self._stack(parameter, group) for parameter in group["params"] if parameter.grad is not None]
+            keep = 1 - group["lr"] * group["weight_decay"]
+            if all(stack.is_served for stack in stacks):
+                muon_step(stacks, momentum=group["momentum"], keep=keep, coefficients=_COEFFICIENTS)
+            else:
+                for stack in stacks:
+                    _step(stack, group["momentum"], keep)
+
+    def _stack(self, parameter: Tensor, group: Mapping[str, Any]) -> MatrixStack:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        gradient = parameter.grad
+        assert gradient is not None
+        rows, columns = parameter.shape[-2] // group["stacked"], parameter.shape[-1]
+        step_size = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+        return MatrixStack((rows, columns), parameter, gradient, state["momentum"], step_size)
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def _step(stack: MatrixStack, momentum: float, keep: float) -> None:
+    """What `muon_step` does, by torch: for large matrices and other devices."""
+    stack.momenta.lerp_(stack.gradients, 1 - momentum)
+    nesterov = torch.lerp(stack.gradients, stack.momenta, momentum)
+    gradients, directions, parameters = (
+        each.unflatten(-2, (-1, stack.size[0])) for each in (stack.gradients, nesterov, stack.parameters)
+    )
+    largest = torch.linalg.vector_norm(gradients, ord=math.inf, dim=(-2, -1), keepdim=True)
+    # Orthogonalised, even a faded momentum has full size: an idle expert would drift on. It rests instead.
+    update = orthogonalize(directions) * (largest != 0)
+    parameters.mul_(keep).sub_(update, alpha=stack.step_size)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
     """(..., M, N) -> the nearest semi-orthogonal matrices, roughly: singular values end between 0.7 and 1.2."""
-    a, b, c = _NEWTON_SCHULZ
     x = matrices.flatten(0, -3) if matrices.ndim > 2 else matrices.unsqueeze(0)
     tall = x.shape[-2] > x.shape[-1]
     x = (x.mT if tall else x).contiguous()
     if x.device.type == "cuda":
         x = x.bfloat16()
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    for _ in range(steps):
+    for a, b, c in _COEFFICIENTS:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)

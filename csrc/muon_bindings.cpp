@@ -1,0 +1,34 @@
+// The operator of muon.h in the Python module moesaic._native.
+#include <nanobind/stl/vector.h>
+
+#include <vector>
+
+#include "bindings.h"
+#include "muon.h"
+
+namespace {
+
+// `stacks` holds (number, rows, columns, parameters, gradients, momenta, step size) of each, `coefficients` three of each
+// iteration in a row.
+int muon_step(nb::list stacks, float momentum, float keep, const std::vector<float>& coefficients, int threads,
+              const char* instruction_set) {
+  std::vector<moesaic_matrix_stack> all;
+  all.reserve(stacks.size());
+  for (const auto& each : stacks) {
+    const nb::tuple stack = nb::cast<nb::tuple>(each);
+    const auto size = [&](int i) { return nb::cast<int64_t>(stack[i]); };
+    all.push_back({size(0), size(1), size(2), at<float>(stack[3]), at<const float>(stack[4]), at<float>(stack[5]),
+                   nb::cast<float>(stack[6])});
+  }
+  const moesaic_muon muon{momentum, keep, int64_t(coefficients.size() / 3), coefficients.data()};
+  nb::gil_scoped_release unlocked;
+  return moesaic_muon_step(all.data(), int64_t(all.size()), &muon, threads, instruction_set);
+}
+
+}  // namespace
+
+void bind_muon(nb::module_& module) {
+  module.def("muon_largest_side", &moesaic_muon_largest_side);
+  module.def("muon_step", &muon_step, nb::arg("stacks"), nb::arg("momentum"), nb::arg("keep"), nb::arg("coefficients"),
+             nb::arg("threads"), nb::arg("instruction_set"), "See moesaic_muon_step in muon.h.");
+}

@@ -1,0 +1,67 @@
+"""The step of the optimizer Muon in C++ for many small matrices: each stays in its core's cache through all iterations.
+
+n matrices of M x N in a stack.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moesaic.ops.instruction_set import native_module
+from moesaic.ops.native_call import native, raise_for
+
+
+@dataclass(frozen=True)
+class MatrixStack:
+    """Matrices of one size that take a step. Parameters and momenta are changed where they stand."""
+
+    size: tuple[int, int]
+    """M and N: the last dimension of the tensors, and a divisor of the one before it."""
+    parameters: Tensor
+    gradients: Tensor
+    momenta: Tensor
+    step_size: float
+    """What a matrix with orthogonal rows or columns is multiplied by before it is subtracted."""
+
+    @property
+    def is_served(self) -> bool:
+        """Whether `muon_step` takes them: float32 on the CPU, contiguous, the smaller of M and N at most 256."""
+        tensors = (self.parameters, self.gradients, self.momenta)
+        module = native_module()
+        return (
+            module is not None
+            and min(self.size) <= module.muon_largest_side()
+            and all(each.dtype == torch.float32 and each.device.type == "cpu" for each in tensors)
+            and all(each.is_contiguous() for each in tensors)
+        )
+
+
+def muon_step(
+    stacks: Sequence[MatrixStack],
+    *,
+    momentum: float,
+    keep: float,
+    coefficients: Sequence[tuple[float, float, float]],
+    instruction_set: str = "",
+) -> None:
+    """Move momenta towards gradients, orthogonalise Nesterov's directions, subtract them from `keep` times parameters.
+
+    Each iteration replaces a direction x by a x + b (x x^T) x + c (x x^T)^2 x with its own `coefficients` (a, b, c).
+    A matrix whose gradient is exactly zero is multiplied by `keep` alone. Results do not depend on the threads.
+    """
+    described = [
+        (
+            each.parameters.numel() // (each.size[0] * each.size[1]),
+            *each.size,
+            each.parameters.data_ptr(),
+            each.gradients.data_ptr(),
+            each.momenta.data_ptr(),
+            each.step_size,
+        )
+        for each in stacks
+    ]
+    flat = [coefficient for iteration in coefficients for coefficient in iteration]
+    status = native().muon_step(described, momentum, keep, flat, torch.get_num_threads(), instruction_set)
+    raise_for(status, instruction_set, lambda: native().expert_kernels())  # built for the same instruction sets
