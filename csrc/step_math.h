@@ -154,13 +154,32 @@ void attend(const moesaic_attention_step& step, int64_t b, int64_t g, const floa
   }
 }
 
-// The K highest of values (E), the first of equal ones, in descending order; these become -infinity.
+// The K highest of values (E), the first of equal ones, in descending order; these become -infinity. Lane l has the values
+// l, l + lanes, ... and knows where its highest stands, so that after each taken one only a lane is looked through.
 void take_highest(float* values, int64_t E, int64_t K, int64_t* ids) {
+  constexpr int lanes = 16;
+  const int used = int(smaller<int64_t>(lanes, E));
+  int64_t places[lanes];
+  float highest[lanes];
+  const auto look_through = [&](int lane) {
+    int64_t place = lane;
+    float most = values[lane];
+    for (int64_t e = lane + lanes; e < E; e += lanes) {
+      place = values[e] > most ? e : place;
+      most = values[e] > most ? values[e] : most;
+    }
+    places[lane] = place, highest[lane] = most;
+  };
+  for (int lane = 0; lane < used; ++lane) look_through(lane);
   for (int64_t k = 0; k < K; ++k) {
-    int64_t best = 0;
-    for (int64_t e = 1; e < E; ++e) best = values[e] > values[best] ? e : best;
-    ids[k] = best;
-    values[best] = -INFINITY;
+    int best = 0;
+    for (int lane = 1; lane < used; ++lane) {
+      const bool is_first = highest[lane] == highest[best] && places[lane] < places[best];
+      best = (highest[lane] > highest[best]) | is_first ? lane : best;
+    }
+    ids[k] = places[best];
+    values[places[best]] = -INFINITY;
+    look_through(best);
   }
 }
 

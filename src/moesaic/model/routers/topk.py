@@ -149,8 +149,12 @@ class ScoreTopKRouter(TopKRouter):
         return selection_TE
 
     def weights(self, logits: Tensor, topk_ids: Tensor) -> Tensor:
-        topk_weights_TK = self.scores(logits).gather(1, topk_ids)
+        topk_weights_TK = self.scores_of(logits, topk_ids)
         return self._normalised(topk_weights_TK) if self.norm_topk_prob else topk_weights_TK
+
+    def scores_of(self, logits: Tensor, topk_ids: Tensor) -> Tensor:
+        """(T, E) logits, (T, K) experts -> their scores (T, K)."""
+        return self.scores(logits).gather(1, topk_ids)
 
     def _normalised(self, weights: Tensor) -> Tensor:
         if self.norm_topk_order == 1:
@@ -182,6 +186,9 @@ class SigmoidTopKRouter(ScoreTopKRouter):
 
     def scores(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
+
+    def scores_of(self, logits: Tensor, topk_ids: Tensor) -> Tensor:
+        return logits.gather(1, topk_ids).sigmoid()
 
 
 class TopKSoftmaxRouter(TopKRouter):
