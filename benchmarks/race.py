@@ -99,9 +99,11 @@ def twins(arguments: argparse.Namespace, seed: int) -> Twins:
     sparse = _model(arguments, moe=moe)
     tokens = arguments.tokens_per_parameter * (0.01 if arguments.quick else 1.0)
     steps = math.ceil(tokens * count_parameters(dense).active / (arguments.batch * arguments.length))
+    sparse_steps = max(2, math.ceil(arguments.share * steps))
+    dense_rate, sparse_rate = arguments.feed_forward_rates
     return {
-        "dense": _run(arguments, seed, dense, steps),
-        "sparse": replace(_run(arguments, seed, sparse, max(2, math.ceil(arguments.share * steps))), balance=balance),
+        "dense": _run(arguments, seed, dense, steps, dense_rate),
+        "sparse": replace(_run(arguments, seed, sparse, sparse_steps, sparse_rate), balance=balance),
     }
 
 
@@ -121,7 +123,9 @@ def _model(arguments: argparse.Namespace, **feed_forward: Any) -> ModelConfig:
     )
 
 
-def _run(arguments: argparse.Namespace, seed: int, model: ModelConfig, steps: int) -> TrainConfig:
+def _run(
+    arguments: argparse.Namespace, seed: int, model: ModelConfig, steps: int, feed_forward_rate: float
+) -> TrainConfig:
     """The demo's recipe with this model, as long as that."""
     recipe = demo_config("dense", seed=seed)
     muon, rate = recipe.optimizer, arguments.rate
@@ -131,7 +135,7 @@ def _run(arguments: argparse.Namespace, seed: int, model: ModelConfig, steps: in
             lr=muon.lr * rate,
             embedding_lr=muon.embedding_lr * rate,
             matrix_lr=muon.matrix_lr * rate,
-            feed_forward_lr=muon.feed_forward_lr * rate,
+            feed_forward_lr=muon.feed_forward_lr * rate * feed_forward_rate,
         )
         if arguments.optimizer == "muon"
         else OptimizerConfig(name="adamw", lr=3e-3 * rate)
@@ -341,6 +345,16 @@ FLAGS: tuple[tuple[str, dict[str, object]], ...] = (
     ("--router", {"choices": tuple(ROUTERS), "default": "sigmoid", "help": "scores, and what balances them"}),
     ("--optimizer", {"choices": ("muon", "adamw"), "default": "muon"}),
     ("--rate", {"type": float, "default": 1.0, "help": "factor on all learning rates of the recipe"}),
+    (
+        "--feed-forward-rates",
+        {
+            "type": float,
+            "nargs": 2,
+            "default": (1.0, 1.5),
+            "metavar": ("DENSE", "SPARSE"),
+            "help": "factors on the rate of the twins' feed-forward matrices",
+        },
+    ),
     ("--decay", {"type": float, "default": 0.8, "help": "share of a run over which the rates fall"}),
     ("--batch", {"type": positive, "default": 64, "help": "sequences per step"}),
     ("--length", {"type": positive, "default": 128, "help": "tokens of a sequence"}),

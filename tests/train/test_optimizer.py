@@ -1,14 +1,15 @@
-"""Muon against torch.optim.Muon and a plain computation; parameter roles; saving of moments. E experts."""
+"""Muon against singular value decompositions and a plain computation; parameter roles; saving of moments. E experts."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moesaic.config import ModelConfig, MoEConfig, OptimizerConfig
 from moesaic.model.transformer import Transformer
 from moesaic.train.optimizer import (
+    NEWTON_SCHULZ,
     Muon,
     load_optimizer_tensors,
     make_optimizers,
@@ -46,20 +47,39 @@ def train_steps(model: Transformer, optimizers: list[torch.optim.Optimizer], ste
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
-def test_muon_equals_torch_muon_on_one_matrix(shape: tuple[int, int]) -> None:
-    """torch's iterates in bfloat16, hence the tolerance; three updates with momentum and decay."""
-    start = torch.randn(shape)
-    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    our_optimizer = Muon([ours], lr=0.1, momentum=0.9, weight_decay=0.1)
-    their_optimizer = torch.optim.Muon([theirs], lr=0.1, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+def exact_update(nesterov: Tensor) -> Tensor:
+    """(M, N) float64: its singular vectors, and what the iterations make of its singular values one by one."""
+    left, values, right = torch.linalg.svd(nesterov, full_matrices=False)
+    values = values / values.norm()
+    for a, b, c in NEWTON_SCHULZ:
+        values = a * values + b * values**3 + c * values**5
+    return left @ torch.diag(values) @ right
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16), (300, 280)])
+def test_muon_turns_singular_values_to_one(shape: tuple[int, int]) -> None:
+    """Three updates with momentum and decay, against singular value decompositions; also of matrices left to torch."""
+    parameter = nn.Parameter(torch.randn(shape))
+    optimizer = Muon([parameter], lr=0.1, momentum=0.9, weight_decay=0.1)
+    expected, momentum = parameter.detach().double(), torch.zeros(shape, dtype=torch.float64)
     for _ in range(3):
-        ours.grad = torch.randn(shape)
-        theirs.grad = ours.grad.clone()
-        our_optimizer.step()
-        their_optimizer.step()
-    moved = (theirs - start).norm()
-    assert (ours - theirs).norm() < 0.03 * moved
+        parameter.grad = torch.randn(shape)
+        gradient = parameter.grad.double()
+        momentum = 0.9 * momentum + 0.1 * gradient
+        update = exact_update(0.1 * gradient + 0.9 * momentum)
+        expected = 0.99 * expected - 0.1 * 0.2 * max(shape) ** 0.5 * update
+        optimizer.step()
+    torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_singular_values_end_around_one_unless_they_are_tiny() -> None:
+    values = torch.logspace(-6, 0, 200, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(200, 200, dtype=torch.float64)).Q for _ in range(2))
+    ends = torch.linalg.svdvals(orthogonalize(left @ torch.diag(values) @ right)).flip(0)
+    share = values / values.norm()
+    assert (ends[share > 0.01] > 0.7).all()
+    assert (ends < 1.3).all()
+    assert (ends[share < 1e-4] < 0.01).all()
 
 
 def test_each_expert_is_orthogonalised_alone() -> None:
