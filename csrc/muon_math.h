@@ -83,15 +83,31 @@ inline void from_blocked(const float* x, MatrixSize size, float* matrix) {
   }
 }
 
+// into (s, s) = left (s, steps) times right, which is known to be symmetric: below the diagonal it is computed, above it
+// copied once `complete`.
+inline void multiply_symmetric(const float* left, int64_t s, int64_t steps, Right<float> right, Into<float> into,
+                               float* panel, bool complete) {
+  for (int64_t j = 0; j < s; j += panel_width) {
+    const int64_t width = smaller<int64_t>(panel_width, s - j);
+    multiply(left + j * block_stride, s - j, steps, right.from(0, j), width, into.from(j, j), panel);
+  }
+  for (int64_t j = 0; complete && j + panel_width < s; j += panel_width) {
+    const int64_t below = j + panel_width;
+    transpose(into.sums + below * into.stride + j, into.stride, s - below, panel_width,
+              into.sums + j * into.stride + below, into.stride);
+  }
+}
+
 // next = a x + b (x x^T) x + c (x x^T)^2 x, all blocked; gram and polynomial are (s, s).
 inline void iterate(const float* x, int64_t s, int64_t l, const float* coefficients, float* gram, float* polynomial,
                     float* next, float* panel) {
   for (int64_t start = 0; start < l; start += block_width) {
     const float* const block = x + block_at(start, s);
-    multiply(block, s, width_of_block(l, start), Right<float>{block, block_stride, true}, s,
-             Into<float>{gram, block_stride, start > 0}, panel);
+    multiply_symmetric(block, s, width_of_block(l, start), Right<float>{block, block_stride, true},
+                       Into<float>{gram, block_stride, start > 0}, panel, start + block_width >= l);
   }
-  multiply(gram, s, s, Right<float>{gram, block_stride, false}, s, Into<float>{polynomial, block_stride, false}, panel);
+  multiply_symmetric(gram, s, s, Right<float>{gram, block_stride, false}, Into<float>{polynomial, block_stride, false},
+                     panel, true);
   const Vector b = Vector::fill(coefficients[1]), c = Vector::fill(coefficients[2]);
   for (int64_t i = 0; i < s; ++i) {
     float* const row = polynomial + i * block_stride;
