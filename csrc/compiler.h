@@ -2,6 +2,7 @@
 #pragma once
 
 #if defined(_MSC_VER)
+#include <intrin.h>
 #include <xmmintrin.h>
 #define MOESAIC_PREFETCH(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T1)
 #define MOESAIC_PREFETCH_FOR_WRITE(address) _mm_prefetch(reinterpret_cast<const char*>(address), _MM_HINT_T0)
@@ -13,3 +14,14 @@
 #define MOESAIC_UNROLL _Pragma("GCC unroll 16")
 #define MOESAIC_NOT_INLINE __attribute__((noinline))
 #endif
+
+// Where the lowest bit is set; there is one.
+static inline int lowest_bit(unsigned bits) {
+#if defined(_MSC_VER)
+  unsigned long place;
+  _BitScanForward(&place, bits);
+  return int(place);
+#else
+  return __builtin_ctz(bits);
+#endif
+}

@@ -20,9 +20,8 @@ constexpr int64_t tokens_per_task = 64;
 constexpr int64_t few_rows_bytes = 256 * 1024;
 
 const KernelChoice<ExpertKernelsByElement>& usable_kernels() {
-  static const KernelChoice<ExpertKernelsByElement> usable{{"avx512f", moesaic_expert_kernels_avx512},
-                                                           {"avx2", moesaic_expert_kernels_avx2},
-                                                           {"portable", moesaic_expert_kernels_portable}};
+  static const auto usable = choice_of_vectors(moesaic_expert_kernels_avx512, moesaic_expert_kernels_avx2,
+                                               moesaic_expert_kernels_portable);
   return usable;
 }
 

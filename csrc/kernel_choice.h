@@ -44,3 +44,9 @@ class KernelChoice {
   std::vector<const Kernels*> kernels_;
   std::vector<const char*> names_;
 };
+
+// Of kernels that are written in terms of a `Vector`.
+template <class Kernels>
+KernelChoice<Kernels> choice_of_vectors(const Kernels* (*avx512)(), const Kernels* (*avx2)(), const Kernels* (*portable)()) {
+  return {{"avx512f", avx512}, {"avx2", avx2}, {"portable", portable}};
+}

@@ -12,7 +12,7 @@
 
 #include "bfloat16.h"
 #include "compiler.h"
-#include "expert_kernels.h"
+#include "sizes.h"
 #include "vector_math.h"
 
 namespace {

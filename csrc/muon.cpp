@@ -12,9 +12,8 @@
 namespace {
 
 const KernelChoice<MuonKernels>& usable_kernels() {
-  static const KernelChoice<MuonKernels> usable{{"avx512f", moesaic_muon_kernels_avx512},
-                                                {"avx2", moesaic_muon_kernels_avx2},
-                                                {"portable", moesaic_muon_kernels_portable}};
+  static const auto usable = choice_of_vectors(moesaic_muon_kernels_avx512, moesaic_muon_kernels_avx2,
+                                               moesaic_muon_kernels_portable);
   return usable;
 }
 

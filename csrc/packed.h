@@ -11,8 +11,8 @@
 //
 // Inputs are rounded on the way: each row of x, and of the hidden units between the two products, in groups of group_size
 // numbers, to whole multiples -127 .. 127 of the group's largest magnitude / 127. Groups whose numbers are all below 1e-30
-// count as zeros. Sums within a group are exact, sums over groups are float32. NaN, infinities and numbers beyond 1e32
-// give results that are not finite. Results do not depend on the number of threads.
+// count as zeros. Sums within a group are exact, sums over groups are float32. NaN and infinities give results
+// that are not finite, and numbers beyond 1e32 may. Results do not depend on the number of threads.
 #pragma once
 
 #include "experts.h"

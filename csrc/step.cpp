@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "expert_kernels.h"
 #include "kernel_choice.h"
+#include "sizes.h"
 #include "step_kernels.h"
 #include "work_memory.h"
 
@@ -14,9 +14,8 @@ namespace {
 constexpr int64_t floats_per_task = 16 * 1024;
 
 const KernelChoice<StepKernels>& usable_kernels() {
-  static const KernelChoice<StepKernels> usable{{"avx512f", moesaic_step_kernels_avx512},
-                                                {"avx2", moesaic_step_kernels_avx2},
-                                                {"portable", moesaic_step_kernels_portable}};
+  static const auto usable = choice_of_vectors(moesaic_step_kernels_avx512, moesaic_step_kernels_avx2,
+                                               moesaic_step_kernels_portable);
   return usable;
 }
 
@@ -64,7 +63,8 @@ extern "C" int moesaic_route(const moesaic_router_step* step, int threads, const
                              int64_t* expert_ids, float* weights) {
   const StepKernels* const kernels = usable_kernels().named(instruction_set);
   if (!kernels) return -1;
-  return in_parts(threads, step->num_tokens, step->hidden_size * step->num_experts, step->num_experts,
+  return in_parts(threads, step->num_tokens, step->hidden_size * step->num_experts,
+                  scratch_of_top_k(step->num_experts),
                   [&](int64_t first, int64_t last, float* scratch) {
                     kernels->route(*step, first, last, scratch, logits, expert_ids, weights);
                   });
@@ -74,7 +74,7 @@ extern "C" int moesaic_top_k(const float* values, int64_t num_rows, int64_t size
                              const char* instruction_set, int64_t* ids) {
   const StepKernels* const kernels = usable_kernels().named(instruction_set);
   if (!kernels) return -1;
-  return in_parts(threads, num_rows, size * k, size, [&](int64_t first, int64_t last, float* scratch) {
+  return in_parts(threads, num_rows, size * k, scratch_of_top_k(size), [&](int64_t first, int64_t last, float* scratch) {
     kernels->top_k(values, first, last, size, k, scratch, ids);
   });
 }

@@ -14,17 +14,19 @@ struct StepKernels {
   void (*attend)(const moesaic_attention_step& step, int64_t sequence, int64_t head, const float* rms, float* scratch,
                  float* y);
 
-  // Tokens first .. last - 1. `scratch` has room for E floats.
+  // Tokens first .. last - 1. `scratch` has room for scratch_of_top_k().
   void (*route)(const moesaic_router_step& step, int64_t first, int64_t last, float* scratch, float* logits,
                 int64_t* expert_ids, float* weights);
 
-  // Rows first .. last - 1. `scratch` has room for a row.
+  // Rows first .. last - 1. `scratch` has room for scratch_of_top_k().
   void (*top_k)(const float* values, int64_t first, int64_t last, int64_t size, int64_t k, float* scratch, int64_t* ids);
 };
 
 namespace {
 // Floats: a query and its scores.
 constexpr int64_t scratch_of_attend(const moesaic_attention_step& step) { return step.head_dim + step.num_keys; }
+// Floats: a row of values in whole vectors, which have at most 16.
+constexpr int64_t scratch_of_top_k(int64_t size) { return size + 16; }
 }  // namespace
 
 // NULL where the compiler could not build them; whether the CPU can run them is another question.

@@ -86,7 +86,8 @@ float largest_of(const float* x, int64_t count, float most) {
   return most;
 }
 
-// x (count) = exp(x - most); returns their sum. What is below e to the -87th of the largest counts as that.
+// x (count) = exp(x - most); returns their sum. What is below e to the -87th of the largest counts
+// as nothing, and so does a hidden key, which is -infinity.
 float exponentials(float* x, int64_t count, float most) {
   const Vector shift = Vector::fill(most), least = Vector::fill(-87.0f);
   for_each_vector(count, [&](int64_t j, int some) {
@@ -154,32 +155,31 @@ void attend(const moesaic_attention_step& step, int64_t b, int64_t g, const floa
   }
 }
 
-// The K highest of values (E), the first of equal ones, in descending order; these become -infinity. Lane l has the values
-// l, l + lanes, ... and knows where its highest stands, so that after each taken one only a lane is looked through.
+// The first of values (E) that is not among the k taken.
+int64_t first_left(const int64_t* taken, int64_t k, int64_t E) {
+  for (int64_t e = 0; e < E; ++e) {
+    int64_t i = 0;
+    while (i < k && taken[i] != e) ++i;
+    if (i == k) return e;
+  }
+  return E;
+}
+
+// The K highest of values (E), K at most E, the first of equal ones, in descending order; NaN counts as infinity. These
+// become -infinity. `values` has room for whole vectors.
 void take_highest(float* values, int64_t E, int64_t K, int64_t* ids) {
-  constexpr int lanes = 16;
-  const int used = int(smaller<int64_t>(lanes, E));
-  int64_t places[lanes];
-  float highest[lanes];
-  const auto look_through = [&](int lane) {
-    int64_t place = lane;
-    float most = values[lane];
-    for (int64_t e = lane + lanes; e < E; e += lanes) {
-      place = values[e] > most ? e : place;
-      most = values[e] > most ? values[e] : most;
-    }
-    places[lane] = place, highest[lane] = most;
-  };
-  for (int lane = 0; lane < used; ++lane) look_through(lane);
+  const int64_t padded = round_up(E, Vector::width);
+  for (int64_t e = 0; e < E; ++e) values[e] = values[e] == values[e] ? values[e] : INFINITY;
+  for (int64_t e = E; e < padded; ++e) values[e] = -INFINITY;
   for (int64_t k = 0; k < K; ++k) {
-    int best = 0;
-    for (int lane = 1; lane < used; ++lane) {
-      const bool is_first = highest[lane] == highest[best] && places[lane] < places[best];
-      best = (highest[lane] > highest[best]) | is_first ? lane : best;
-    }
-    ids[k] = places[best];
-    values[places[best]] = -INFINITY;
-    look_through(best);
+    Vector highest = Vector::load(values);
+    for (int64_t e = Vector::width; e < padded; e += Vector::width) highest = at_least(highest, Vector::load(values + e));
+    const float most = highest.largest();
+    int64_t start = 0;
+    int lane = Vector::load(values).find(most);
+    while (lane == Vector::width) lane = Vector::load(values + (start += Vector::width)).find(most);
+    ids[k] = most > -INFINITY ? start + lane : first_left(ids, k, E);
+    values[ids[k]] = -INFINITY;
   }
 }
 

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "bfloat16.h"
+#include "compiler.h"
 
 namespace {
 
@@ -42,6 +43,15 @@ struct Vector {
     memcpy(to, whole, size_t(count) * sizeof *to);
   }
   float sum() const { return _mm_cvtss_f32(sums_of_four(*this, *this, *this, *this)); }
+  float largest() const {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  // The first of the numbers that equals `value`; `width` where none does.
+  int find(float value) const {
+    return lowest_bit(unsigned(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(value), _CMP_EQ_OQ))) | 1u << width);
+  }
   static void store_sums(const Vector (&of)[4], float* to) {
     _mm_storeu_ps(to, sums_of_four(of[0], of[1], of[2], of[3]));
   }

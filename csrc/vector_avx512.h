@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "bfloat16.h"
+#include "compiler.h"
 
 namespace {
 
@@ -22,6 +23,11 @@ struct Vector {
   void store(BFloat16* to) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), round()); }
   void store_some(BFloat16* to, int count) const { _mm256_mask_storeu_epi16(to, some(count), round()); }
   float sum() const { return _mm_cvtss_f32(sums_of_four(*this, *this, *this, *this)); }
+  float largest() const { return _mm512_reduce_max_ps(v); }
+  // The first of the numbers that equals `value`; `width` where none does.
+  int find(float value) const {
+    return lowest_bit(_mm512_cmp_ps_mask(v, _mm512_set1_ps(value), _CMP_EQ_OQ) | 1u << width);
+  }
   static void store_sums(const Vector (&of)[4], float* to) {
     _mm_storeu_ps(to, sums_of_four(of[0], of[1], of[2], of[3]));
   }

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "expert_kernels.h"
+#include "sizes.h"
 
 namespace {
 

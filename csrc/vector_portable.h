@@ -45,6 +45,16 @@ struct Vector {
     for (int i = 0; i < count; ++i) to[i] = rounded(v[i]);
   }
   float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
+  float largest() const {
+    const float first = v[0] > v[1] ? v[0] : v[1], second = v[2] > v[3] ? v[2] : v[3];
+    return first > second ? first : second;
+  }
+  // The first of the numbers that equals `value`; `width` where none does.
+  int find(float value) const {
+    int i = 0;
+    while (i < width && v[i] != value) ++i;
+    return i;
+  }
   static void store_sums(const Vector (&of)[4], float* to) {
     for (int i = 0; i < 4; ++i) to[i] = of[i].sum();
   }

@@ -145,13 +145,27 @@ def test_whoever_records_the_routing_sees_it(monkeypatch: pytest.MonkeyPatch) ->
     assert all(sum(routing.num_tokens for routing in layer.routings) == 8 for layer in trace)
 
 
-@pytest.mark.parametrize("part", ["attention", "attention.o_proj", "feed_forward.router", "feed_forward.experts"])
-def test_hooks_within_a_block_are_called(part: str) -> None:
-    model = quantized(OLMOE)
+@pytest.mark.parametrize(
+    "part", ["attention", "attention.q_norm", "attention.o_proj", "feed_forward.router", "feed_forward.experts"]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_hooks_within_a_block_are_called(part: str, packed: bool) -> None:
+    model = quantized(OLMOE) if packed else random_model(OLMOE)
     seen: list[nn.Module] = []
     model.blocks[1].get_submodule(part).register_forward_hook(lambda module, *_: seen.append(module))
     decoded(model, random_tokens(1, 8))
     assert len(seen) == 1 + 4
+
+
+def test_hooks_on_all_modules_are_called() -> None:
+    model = quantized(OLMOE)
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        decoded(model, random_tokens(1, 8))
+    finally:
+        handle.remove()
+    assert seen.count(model.blocks[1].get_submodule("attention.o_proj")) == 1 + 4
 
 
 def test_the_cache_holds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,13 @@ def test_more_tokens_than_the_capacity_are_refused_and_change_nothing() -> None:
     assert kv.positions.tolist() == [[0, 1, 2, -1]]
 
 
+def test_another_number_of_sequences_is_refused_and_changes_nothing() -> None:
+    kv = KVCache(GROUPED, batch_size=1, capacity=4)
+    with pytest.raises(MoesaicError, match="is for 1 sequences, and 3 come; make it with batch_size=3"):
+        kv.extend(torch.zeros(3, 1, dtype=torch.int64))
+    assert kv.length == 0
+
+
 def test_layers_that_tokens_pass_by_remember_which_did_not() -> None:
     kv = KVCache(replace(GROUPED, depth_layers=(0, 2)), batch_size=2, capacity=6)
     assert sorted(kv.layer_positions) == [0, 2]

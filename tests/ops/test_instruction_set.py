@@ -69,6 +69,18 @@ def test_status_names_the_reason_and_a_command(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.skipif(not NATIVE_BUILT, reason="the native module is not built")
+def test_a_module_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    module = subject.native_module()
+    subject._load_native.cache_clear()
+    try:
+        monkeypatch.setattr(module, "interface", -1)
+        assert subject.native_module() is None
+        assert "built from other sources; build it again" in subject.native_status()
+    finally:
+        subject._load_native.cache_clear()
+
+
+@pytest.mark.skipif(not NATIVE_BUILT, reason="the native module is not built")
 def test_status_of_the_kernels_says_why_no_faster_ones_run(monkeypatch: pytest.MonkeyPatch):
     features = dict.fromkeys(subject.cpu_features(), True)
     status, native = subject.expert_kernels_status(), subject.native_module()

@@ -276,6 +276,9 @@ def test_wrong_inputs_are_refused_before_any_memory_is_touched() -> None:
         native_experts(x, replace(routing, token_ids=torch.tensor([0, 1, 2, -1])), weights)
     with pytest.raises(UsageError, match=r"gate_up is .*\(3, 12, 4\); the experts need .*\(3, 12, 5\)"):
         native_experts(x, routing, replace(weights, gate_up=case.inputs.gate_up[:, :, :4]))
+    for D, F in ((5, 0), (0, 6), (0, 0)):
+        with pytest.raises(UsageError, match=f"hidden size {D} and intermediate size {F}: nothing to compute"):
+            native_experts(torch.zeros(4, D), routing, ExpertWeights(torch.zeros(3, 2 * F, D), torch.zeros(3, D, F)))
     with pytest.raises(UsageError, match=r"x is torch.float64"):
         native_experts(x.double(), routing, weights)
     with pytest.raises(UsageError, match=r"gate_up is torch.float32 .*; the experts need torch.bfloat16"):

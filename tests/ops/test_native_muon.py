@@ -119,6 +119,8 @@ def test_what_is_served(instruction_set: str) -> None:
     stack = make_stack(2, 256, 300)
     assert stack.is_served
     assert not make_stack(1, 257, 300).is_served
+    with pytest.raises(UsageError, match=r"matrices 257 x 300 of torch.float32 are left to torch"):
+        take_step(stack, make_stack(1, 257, 300))
     transposed = stack.gradients.mT.contiguous().mT
     assert not MatrixStack(stack.size, stack.parameters, transposed, stack.momenta, 0.1).is_served
     assert not MatrixStack(stack.size, stack.parameters.bfloat16(), stack.gradients, stack.momenta, 0.1).is_served

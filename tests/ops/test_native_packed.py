@@ -280,6 +280,37 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @built
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_type_does_not_decide_what_is_written(dtype: torch.dtype) -> None:
+    x, routing, weights = packed_case(make_case(9, 4, 2, 40, 50), "int4", 32)
+    weight = packed_matrix(20, 40, "int8", 32)
+    expected = packed_linear(x, weight), packed_experts(x, routing, weights)
+    torch.set_default_dtype(dtype)
+    try:
+        results = packed_linear(x, weight), packed_experts(x, routing, weights)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for got, wanted in zip(results, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_weights_elsewhere_are_refused() -> None:
+    x, routing, weights = packed_case(make_case(9, 4, 2, 40, 50), "int4", 32)
+    weight = packed_matrix(20, 40, "int8", 32)
+    assert isinstance(weights.down, PackedWeight)
+    elsewhere = replace(weights, down=replace(weights.down, data=weights.down.data.to("meta")))
+    with torch.no_grad():
+        for call in (
+            lambda: packed_linear(x, replace(weight, data=weight.data.to("meta"))),
+            lambda: packed_linear(x, weight, torch.zeros(20, device="meta")),
+            lambda: packed_experts(x, routing, elsewhere),
+            lambda: packed_experts(x, replace(routing, weights=routing.weights.to("meta")), weights),
+        ):
+            with pytest.raises(UsageError, match="x is on cpu, and what it meets on meta; move the model as a whole"):
+                call()
+
+
+@built
 def test_a_routing_to_nowhere_is_refused() -> None:
     x, routing, weights = packed_case(make_case(9, 4, 2, 40, 50), "int4", 32)
     wrong = replace(routing, expert_ids=routing.expert_ids.index_fill(0, torch.tensor(3), 4))

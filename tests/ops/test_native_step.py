@@ -143,6 +143,17 @@ def test_one_mask_serves_all_sequences(instruction_set: str) -> None:
     assert torch.equal(*results)
 
 
+def test_what_torch_would_broadcast_is_not_read_beyond_its_end() -> None:
+    heads = Heads(2, 1, 8, 0.3)
+    inputs = (torch.randn(3, 1, 16), torch.randn(3, 1, 8), torch.randn(3, 1, 8))
+    mask, angles = torch.ones(1, 1, 1, 5, dtype=torch.bool), torch.ones(3, 1, 1, 8)
+    for batch, rows, capacity in ((1, 3, 5), (3, 1, 5), (3, 3, 4)):
+        cache = (torch.zeros(batch, 1, capacity, 8), torch.zeros(batch, 1, capacity, 8))
+        step = AttentionStep(heads, *cache, 5, mask, (angles[:rows], angles[:rows]))
+        with pytest.raises(UsageError, match=f"cache of {batch} x {capacity}, 1 masks and angles for {rows} x 1"):
+            native_step.attend(step, *inputs)
+
+
 @EVERY
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
 @pytest.mark.parametrize(
@@ -193,6 +204,20 @@ def test_top_k(instruction_set: str, shape: tuple[int, int, int]) -> None:
     assert torch.equal(native_step.top_k(ties, k, instruction_set=instruction_set), torch.arange(k).expand(rows, k))
 
 
+@EVERY
+def test_top_k_of_what_is_no_number_or_infinite(instruction_set: str) -> None:
+    inf, nan = math.inf, math.nan
+    values = torch.tensor([[1, -inf, -inf, 2], [-inf, -inf, -inf, -inf], [nan, nan, 1, nan], [3, inf, nan, 5]])
+    ids = native_step.top_k(values, 4, instruction_set=instruction_set)
+    assert ids.tolist() == [[3, 0, 1, 2], [0, 1, 2, 3], [0, 1, 3, 2], [1, 2, 3, 0]]
+    wide = torch.randn(50, 64)
+    wide[:, 3] = nan  # hides none of the others
+    ids = native_step.top_k(wide, 9, instruction_set=instruction_set)
+    assert torch.equal(ids, wide.topk(9, dim=-1).indices)
+    with pytest.raises(UsageError, match="5 of 4 values"):
+        native_step.top_k(values, 5)
+
+
 def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(UsageError, match="no native kernels for 'mmx'"):
         native_step.rms_norm(torch.ones(1, 4), None, EPS, instruction_set="mmx")
@@ -208,3 +233,15 @@ def test_only_inference_in_float32_on_the_cpu_is_served() -> None:
         assert not native_step.serves(x.to("meta"))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not native_step.serves(x)
+
+
+def test_what_torch_func_wraps_has_no_memory_to_read() -> None:
+    seen: list[bool] = []
+
+    def chosen(values: Tensor) -> Tensor:
+        seen.append(native_step.ranks(values))
+        return values.sum()
+
+    torch.func.grad(chosen)(torch.ones(2, 4))
+    torch.func.vmap(chosen)(torch.ones(2, 4))
+    assert seen == [False, False]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moesaic.config import ModelConfig, MoEConfig, OptimizerConfig
 from moesaic.model.transformer import Transformer
+from moesaic.ops import native_muon
 from moesaic.train.optimizer import (
     NEWTON_SCHULZ,
     Muon,
@@ -116,6 +117,24 @@ def test_an_expert_without_tokens_is_only_decayed_also_when_it_had_some_before()
     torch.testing.assert_close(parameter[1].detach(), before[1] * 0.95)
     torch.testing.assert_close(optimizer.state[parameter]["momentum"][1], momentum[1] * 0.95)
     assert (parameter[0] - before[0] * 0.95).abs().max() > 1e-3
+
+
+def test_muon_steps_without_kernels_and_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(300, 270))
+    copies = [nn.Parameter(parameter.detach().clone()) for parameter in (small, large)]
+    ours, by_torch = Muon([small, large], lr=0.1), Muon(copies, lr=0.1)
+    ours.step()
+    for parameter, copy in zip((small, large), copies, strict=True):
+        parameter.grad = torch.randn_like(parameter)
+        copy.grad = parameter.grad.clone()
+    version = small._version
+    ours.step()
+    assert small._version > version  # whoever differentiates what it was before is told
+    with monkeypatch.context() as patch:
+        patch.setattr(native_muon, "native_module", lambda: None)
+        by_torch.step()
+    for parameter, copy in zip((small, large), copies, strict=True):
+        torch.testing.assert_close(parameter, copy, rtol=1e-4, atol=1e-5)
 
 
 def test_every_parameter_has_a_role() -> None:

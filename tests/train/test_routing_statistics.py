@@ -18,7 +18,7 @@ from moesaic.model.routers import ROUTERS
 from moesaic.model.transformer import Transformer
 from moesaic.moe_config import UNLEARNED_ROUTERS, RouterName
 from moesaic.ops import Routing
-from moesaic.train.routing_statistics import RoutingStatistics, load_statistics
+from moesaic.train.routing_statistics import RoutingStatistics, _relative_entropy, load_statistics
 
 LAYERS, EXPERTS, LENGTH = 2, 6, 8
 LOGIT_KEYS = ("router_entropy", "router_logit_rms", "router_logit_max")
@@ -201,6 +201,14 @@ def test_what_is_not_finite_becomes_null() -> None:
 def test_no_graph_is_kept() -> None:
     statistics = statistics_of(model := make_model(), [route(model, torch.randint(0, 40, (2, LENGTH)))])
     assert not any(value.requires_grad for value in statistics._logits.values())
+
+
+@pytest.mark.parametrize("logit", [-60.0, -75.0, -85.0, -120.0])
+def test_entropy_of_tiny_scores_stays_a_share(logit: float) -> None:
+    even = _relative_entropy(torch.full((1, 8), logit).sigmoid())
+    assert 0.0 <= float(even) <= 1.0
+    if logit > -87:
+        torch.testing.assert_close(even, torch.ones(1), rtol=1e-3, atol=0)
 
 
 def test_max_vio_of_layers_and_their_mean() -> None:

@@ -77,6 +77,7 @@ class Attention(nn.Module):
             and context.masks[self.layer_type] is not None
             and context.kv is not None
             and context.kv.keys.dtype == torch.float32
+            and not any(norm is not None and has_hooks(norm) for norm in (self.q_norm, self.k_norm))
         )
 
     def step(self, context: AttentionContext, kv: KVCache) -> native_step.AttentionStep:
@@ -112,6 +113,12 @@ class Attention(nn.Module):
             if self.config.qk_norm == "l2_after_rope":
                 return rms_normalize(heads, self.config.rms_norm_eps)
         return norm(heads) if norm is not None and self.config.qk_norm == "head_after_rope" else heads
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes into a module or comes out of it."""
+    everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or everywhere)
 
 
 def _head_norm(config: ModelConfig, width: int) -> RMSNorm | None:

@@ -5,9 +5,9 @@ B sequences, L new tokens of each, D hidden size.
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from moesaic.model.attention import Attention
+from moesaic.model.attention import Attention, has_hooks
 from moesaic.model.attention_context import AttentionContext
 from moesaic.model.moe import MoE
 from moesaic.model.norm import RMSNorm
@@ -41,7 +41,7 @@ def block_step(block: "Block", x: Tensor, context: AttentionContext, seen: Routi
         and attention.native_serves(x, context)
         and moe.router.native_serves(x.flatten(0, 1), seen)
         and moe.is_plainly_packed
-        and not any(map(_has_hooks, (*norms, *projections, attention, moe, moe.router, moe.experts)))
+        and not any(map(has_hooks, (*norms, *projections, attention, moe, moe.router, moe.experts)))
     ):
         return None
     linears = [(each.packed, each.bias) for each in projections if isinstance(each, PackedLinear)]
@@ -55,7 +55,3 @@ def block_step(block: "Block", x: Tensor, context: AttentionContext, seen: Routi
         router=moe.router.step(),
         experts=moe.experts.weights(x.dtype),
     )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -49,6 +49,11 @@ class KVCache:
 
     def extend(self, positions: Tensor) -> None:
         """Claim slots for new tokens at positions (B, L); call once before the layers of a forward pass write."""
+        if len(positions) != len(self.positions):
+            raise MoesaicError(
+                f"the KV cache is for {len(self.positions)} sequences, and {len(positions)} come; make it with "
+                f"batch_size={len(positions)}"
+            )
         end = self.length + positions.shape[1]
         if end > self.capacity:
             raise MoesaicError(

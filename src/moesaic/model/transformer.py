@@ -81,6 +81,8 @@ class Transformer(nn.Module):
         implied_positions = positions is None
         if positions is None:
             positions = self._consecutive_positions(tokens, kv)
+        elif positions.shape != tokens.shape:
+            raise UsageError(f"positions are {tuple(positions.shape)}, and tokens {tuple(tokens.shape)}")
         plainly_causal = implied_positions and (kv is None or kv.length == 0)
         if kv is not None:
             self._require_cacheable()

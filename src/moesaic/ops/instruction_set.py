@@ -27,6 +27,8 @@ _FEATURES_OF_LEVEL = {
     "neon": {"neon"},
     "portable": set(),
 }
+_INTERFACE = 1
+"""Of the native module, as csrc/bindings.cpp counts it: both rise when a function or its arguments change."""
 _LEVELS_OF_EXPERTS = ("avx512f", "avx2", "portable")
 _LEVELS_OF_PACKED = ("avx512_vnni", "avx2", "portable")
 
@@ -40,8 +42,8 @@ def _load_native() -> tuple[ModuleType | None, str]:
         return None, "not built"
     except ImportError as error:
         return None, f"built but does not load: {error}"
-    if not all(hasattr(module, name) for name in ("expert_kernels", "packed_kernels", "attend")):
-        return None, "built from older sources"
+    if getattr(module, "interface", None) != _INTERFACE:
+        return None, "built from other sources"
     return module, ""
 
 

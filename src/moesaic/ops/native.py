@@ -31,7 +31,7 @@ _MOST_ROWS = 2**31 - 1
 
 
 def native_experts(x: Tensor, routing: Routing, weights: ExpertWeights, *, instruction_set: str = "") -> Tensor:
-    """x (T, D) -> y (T, D) on the CPU, any D and F. x and the weights are all float32 or all bfloat16, and so is y.
+    """x (T, D) -> y (T, D) on the CPU, D and F above 0. x and the weights are all float32 or all bfloat16, and so is y.
 
     `instruction_set` forces one of `native_instruction_sets()`, for tests; else it is the first of them.
 
@@ -74,7 +74,7 @@ def make_plan(native: Any, token_ids: Tensor, expert_ids: Tensor, num_tokens: in
     Raises UsageError for a token or an expert that does not exist.
     """
     num_rows = len(token_ids)
-    plan = torch.empty(native.plan_size(num_tokens, num_rows, num_experts), dtype=torch.int32)
+    plan = torch.empty(native.plan_size(num_tokens, num_rows, num_experts), dtype=torch.int32, device="cpu")
     token_ids, expert_ids = token_ids.contiguous(), expert_ids.contiguous()
     wrong = native.make_plan(
         token_ids.data_ptr(), expert_ids.data_ptr(), num_tokens, num_rows, num_experts, plan.data_ptr()
@@ -243,6 +243,8 @@ def _require_shapes(
     for name, tensor, shape, dtype in expected:
         if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
             raise UsageError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; the experts need {dtype} {shape}")
+    if not hidden_size or not intermediate_size:
+        raise UsageError(f"hidden size {hidden_size} and intermediate size {intermediate_size}: nothing to compute")
     if max(num_tokens, num_rows) > _MOST_ROWS:
         raise UsageError(f"{num_rows} rows of {num_tokens} tokens are too many for one call; at most {_MOST_ROWS}")
 

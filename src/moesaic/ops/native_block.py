@@ -6,7 +6,7 @@ product push them out; that takes a fifth of a token's time.
 B sequences, L new tokens of each, D hidden size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class BlockStep:
     attention: AttentionStep
     router: RouterStep
     experts: ExpertWeights
-    """Packed, their biases float32 and contiguous."""
+    """Packed."""
 
     def __post_init__(self) -> None:
         for name in ("attention_norm", "feed_forward_norm"):
@@ -47,6 +47,8 @@ class BlockStep:
         for name in ("query", "key", "value", "output"):
             weight, bias = getattr(self, name)
             object.__setattr__(self, name, (weight, float32(bias)))
+        biases = {name: float32(getattr(self.experts, name)) for name in ("gate_up_bias", "down_bias")}
+        object.__setattr__(self, "experts", replace(self.experts, **biases))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (B, L, D) float32 -> (B, L, D); keys and values go into the cache."""

@@ -34,7 +34,13 @@ def float32(tensor: Tensor | None) -> Tensor | None:
 def is_plain_call(x: Tensor) -> bool:
     """Whether nobody traces or differentiates: then the way through torch's dispatcher, which takes as long as a small
     operator does, can be left out."""
-    return not torch.is_grad_enabled() and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain_tensor(x)
+
+
+def is_plain_tensor(x: Tensor) -> bool:
+    """Whether x has memory of its own: no subclass, and nothing of `torch.func`."""
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    return type(x) in (Tensor, torch.nn.Parameter) and not functorch.is_functorch_wrapped_tensor(x)
 
 
 def raise_for(status: int, instruction_set: str, usable: Callable[[], Sequence[str]]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moesaic.errors import UsageError
 from moesaic.ops.instruction_set import native_module
 from moesaic.ops.native_call import native, raise_for
 
@@ -50,7 +51,14 @@ def muon_step(
 
     Each iteration replaces a direction x by a x + b (x x^T) x + c (x x^T)^2 x with its own `coefficients` (a, b, c).
     A matrix whose gradient is exactly zero is multiplied by `keep` alone. Results do not depend on the threads.
+
+    Raises:
+        UsageError: a stack is not served, or this machine lacks the instruction set; nothing has changed.
+        MemoryError: a thread found no room; some matrices have taken the step and others have not.
     """
+    for each in stacks:
+        if not each.is_served:
+            raise UsageError(f"matrices {each.size[0]} x {each.size[1]} of {each.parameters.dtype} are left to torch")
     described = [
         (
             each.parameters.numel() // (each.size[0] * each.size[1]),
@@ -64,4 +72,6 @@ def muon_step(
     ]
     flat = [coefficient for iteration in coefficients for coefficient in iteration]
     status = native().muon_step(described, momentum, keep, flat, torch.get_num_threads(), instruction_set)
+    for each in stacks:
+        torch.autograd.graph.increment_version((each.parameters, each.momenta))
     raise_for(status, instruction_set, lambda: native().expert_kernels())  # built for the same instruction sets

@@ -100,10 +100,11 @@ torch.library.define(
 def _linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, instruction_set: str) -> Tensor:
     leading = x.shape[:-1]
     _require_shapes(("bias", bias, (weight.rows,)))
+    _require_device(x, weight.data, bias)
     native = _kernels_for(x, instruction_set)
     if native is None:
         return _unpacked_linear(x.reshape(-1, weight.columns), weight, bias).view(*leading, weight.rows)
-    wide_x, wide_bias, y = float32(x), float32(bias), torch.empty(*leading, weight.rows)
+    wide_x, wide_bias, y = float32(x), float32(bias), x.new_empty(*leading, weight.rows, dtype=torch.float32)
     status = native.packed_linear(
         described(weight),
         address(wide_bias),
@@ -133,6 +134,8 @@ def _experts(
         ("token_ids", token_ids, (num_rows,)),
         ("expert_ids", expert_ids, (num_rows,)),
     )
+    biases = (weights.gate_up_bias, weights.down_bias)
+    _require_device(x, gate_up.data, down.data, *biases, row_weights, token_ids, expert_ids)
     native = _kernels_for(x, instruction_set)
     if native is None:
         nothing = row_weights.new_zeros(()).expand(num_tokens, num_experts)
@@ -142,7 +145,7 @@ def _experts(
     plan = make_plan(native, token_ids.long(), expert_ids.long(), num_tokens, num_experts)
     wide_x, wide_row_weights = float32(x), float32(row_weights)
     wide = replace(weights, gate_up_bias=float32(weights.gate_up_bias), down_bias=float32(weights.down_bias))
-    y_TD = torch.empty(num_tokens, hidden_size)
+    y_TD = x.new_empty(num_tokens, hidden_size, dtype=torch.float32)
     status = native.packed_experts_forward(
         described_experts(wide),
         num_tokens,
@@ -216,6 +219,13 @@ def _unpacked_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Te
         part = PackedWeight(data, rows.stop - rows.start, weight.columns, weight.format, weight.group_size)
         y_TN[:, rows] = functional.linear(x, unpack(part, x.dtype), None if bias is None else bias[rows].to(x.dtype))
     return y_TN
+
+
+def _require_device(x: Tensor, *others: Tensor | None) -> None:
+    """The kernels follow addresses, which mean something else elsewhere."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise UsageError(f"x is on {x.device}, and what it meets on {other.device}; move the model as a whole")
 
 
 def _kernels_for(x: Tensor, instruction_set: str) -> Any:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moesaic.errors import UsageError
 from moesaic.ops.instruction_set import native_module
-from moesaic.ops.native_call import address, float32, is_plain_call, native, raise_for
+from moesaic.ops.native_call import address, float32, is_plain_call, is_plain_tensor, native, raise_for
 
 FEW_TOKENS = 16
 """Up to so many tokens the calls cost more than the work."""
@@ -38,8 +39,8 @@ def ranks(values: Tensor) -> bool:
     return (
         values.dtype == torch.float32
         and values.device.type == "cpu"
-        and type(values) is Tensor
         and not torch.compiler.is_compiling()
+        and is_plain_tensor(values)
         and native_module() is not None
     )
 
@@ -101,6 +102,7 @@ class AttentionStep:
     def described(self, batch: int, length: int) -> tuple[object, ...]:
         """As csrc/step_bindings.cpp reads it."""
         heads, (cos, sin), norms = self.heads, self.rotary or (None, None), self.norms or (None, None)
+        self._require(batch, length, cos)
         sizes = (batch, length, self.num_keys, heads.num_heads, heads.num_key_value_heads, heads.head_dim)
         return (
             sizes,
@@ -111,6 +113,17 @@ class AttentionStep:
             address(self.sinks),
             heads.scale,
         )
+
+    def _require(self, batch: int, length: int, cos: Tensor | None) -> None:
+        """That what torch would broadcast, or refuse, is not read beyond its end."""
+        rows = {self.keys.shape[0], self.values.shape[0], batch}
+        angles = (batch, length) if cos is None else (cos.shape[0], cos.shape[2])
+        masks, capacity = self.mask.shape[0], self.keys.shape[2]
+        if len(rows) > 1 or angles != (batch, length) or masks not in (1, batch) or self.num_keys > capacity:
+            raise UsageError(
+                f"{batch} sequences of {length} new tokens and {self.num_keys} in all do not fit a cache of "
+                f"{self.keys.shape[0]} x {capacity}, {masks} masks and angles for {angles[0]} x {angles[1]} tokens"
+            )
 
 
 def attend(step: AttentionStep, query: Tensor, key: Tensor, value: Tensor, *, instruction_set: str = "") -> Tensor:
@@ -166,11 +179,14 @@ class RouterStep:
 
 
 def route(step: RouterStep, x: Tensor, *, instruction_set: str = "") -> tuple[Tensor, Tensor, Tensor]:
-    """x (T, D) -> logits (T, E), experts (T, K) int64 in the order of their scores, weights (T, K)."""
+    """x (T, D) -> logits (T, E), experts (T, K) int64, weights (T, K).
+
+    A token's experts stand in the descending order of score plus selection bias.
+    """
     x = x.contiguous()
     num_tokens, num_experts = len(x), len(step.weight)
     logits_TE, weights_TK = x.new_empty(num_tokens, num_experts), x.new_empty(num_tokens, step.top_k)
-    ids_TK = torch.empty(num_tokens, step.top_k, dtype=torch.int64)
+    ids_TK = torch.empty(num_tokens, step.top_k, dtype=torch.int64, device="cpu")
     status = native().route(
         step.described(),
         num_tokens,
@@ -184,12 +200,15 @@ def route(step: RouterStep, x: Tensor, *, instruction_set: str = "") -> tuple[Te
 
 
 def top_k(values: Tensor, k: int, *, instruction_set: str = "") -> Tensor:
-    """values (T, E) -> where the k highest of each row stand (T, k) int64, descending, the first of equal ones.
+    """values (T, E) -> where the k highest of each row stand (T, k) int64, descending, the first of equal ones; NaN
+    counts as infinity.
 
     Several times as fast as torch for rows as short as those of a router. No gradient passes; see `ranks`.
     """
     values = values.contiguous()
-    ids_Tk = torch.empty(len(values), k, dtype=torch.int64)
+    if k > values.shape[1]:
+        raise UsageError(f"{k} of {values.shape[1]} values cannot be chosen")
+    ids_Tk = torch.empty(len(values), k, dtype=torch.int64, device="cpu")
     status = native().top_k(
         values.data_ptr(), *values.shape, k, torch.get_num_threads(), instruction_set, ids_Tk.data_ptr()
     )

@@ -47,10 +47,11 @@ class Muon(Optimizer):
         for group in self.param_groups:
             stacks = [self._stack(parameter, group) for parameter in group["params"] if parameter.grad is not None]
             keep = 1 - group["lr"] * group["weight_decay"]
-            if all(stack.is_served for stack in stacks):
-                muon_step(stacks, momentum=group["momentum"], keep=keep, coefficients=NEWTON_SCHULZ)
-            else:
-                for stack in stacks:
+            served = [stack for stack in stacks if stack.is_served]
+            if served:
+                muon_step(served, momentum=group["momentum"], keep=keep, coefficients=NEWTON_SCHULZ)
+            for stack in stacks:
+                if not stack.is_served:
                     _step(stack, group["momentum"], keep)
 
     def _stack(self, parameter: Tensor, group: Mapping[str, Any]) -> MatrixStack:

@@ -19,8 +19,8 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe_config import UNLEARNED_ROUTERS
 from moesaic.ops import Routing
 
-_LOG_OF_NOTHING = 1e-30
-"""Stands for a probability of 0 under the logarithm: 0 x log(this) is 0."""
+_LEAST_SCORE = torch.finfo(torch.float32).tiny
+"""Stands for smaller scores under the logarithm: 0 x log(this) is 0."""
 
 
 class RoutingStatistics:
@@ -132,9 +132,9 @@ def _relative_entropy(scores: Tensor) -> Tensor:
     """Scores (T, E), not negative -> (T,): entropy of each token's share for each expert, 1 when they are even."""
     # Shares s / S have the entropy log S - sum(s log s) / S, which takes fewer passes over (T, E) than the shares.
     total_T = scores.sum(-1)
-    logs_T = scores.clamp_min(_LOG_OF_NOTHING).log_().mul_(scores).sum(-1)
+    logs_T = scores.clamp_min(_LEAST_SCORE).log_().mul_(scores).sum(-1)
     entropy_T = torch.where(total_T == 0, 0.0, total_T.log() - logs_T / total_T)
-    return entropy_T / (math.log(scores.shape[1]) or 1.0)
+    return entropy_T.div_(math.log(scores.shape[1]) or 1.0).clamp_(0.0, 1.0)
 
 
 def _rounded(value: float) -> float | None:
