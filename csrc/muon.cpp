@@ -21,8 +21,8 @@ const KernelChoice<MuonKernels>& usable_kernels() {
 
 extern "C" int64_t moesaic_muon_largest_side(void) { return muon_largest_side; }
 
-extern "C" int moesaic_muon_step(const moesaic_matrix_stack* stacks, int64_t num_stacks, const moesaic_muon* muon,
-                                 int threads, const char* instruction_set) try {
+extern "C" int moesaic_muon_step(const moesaic_matrix_stack* stacks, int64_t num_stacks, float momentum, int threads,
+                                 const char* instruction_set) try {
   const MuonKernels* const kernels = usable_kernels().named(instruction_set);
   if (!kernels) return -1;
   struct Task {
@@ -36,7 +36,7 @@ extern "C" int moesaic_muon_step(const moesaic_matrix_stack* stacks, int64_t num
     for (int64_t matrix = 0; matrix < stack->number; ++matrix) tasks.push_back({stack, matrix});
   }
   const auto step = [&](int64_t index, float* scratch) {
-    kernels->step(*tasks[size_t(index)].stack, tasks[size_t(index)].matrix, *muon, scratch);
+    kernels->step(*tasks[size_t(index)].stack, tasks[size_t(index)].matrix, momentum, scratch);
   };
   return parallel_with_scratch(threads, int64_t(tasks.size()), scratch_size, step) ? 0 : -2;
 } catch (const std::bad_alloc&) {

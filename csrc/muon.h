@@ -14,21 +14,17 @@ typedef struct {
   float* parameters;
   const float* gradients;
   float* momenta;
+  float keep;       // what stays of a parameter
   float step_size;  // of the orthogonal matrix that is subtracted
-} moesaic_matrix_stack;
-
-typedef struct {
-  float momentum;  // what stays of the running mean of gradients
-  float keep;      // what stays of a parameter
   int64_t iterations;
   const float* coefficients;  // (iterations, 3): x becomes a x + b (x x^T) x + c (x x^T)^2 x
-} moesaic_muon;
+} moesaic_matrix_stack;
 
 int64_t moesaic_muon_largest_side(void);
 
 // Returns 0; -1 when this machine or build lacks the instruction set, -2 when there is no memory for the buffers. NULL or ""
-// is the best instruction set.
-int moesaic_muon_step(const moesaic_matrix_stack* stacks, int64_t num_stacks, const moesaic_muon* muon, int threads,
+// is the best instruction set. `momentum` is what stays of the running mean of gradients.
+int moesaic_muon_step(const moesaic_matrix_stack* stacks, int64_t num_stacks, float momentum, int threads,
                       const char* instruction_set);
 
 #ifdef __cplusplus

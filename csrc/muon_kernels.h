@@ -6,7 +6,7 @@
 struct MuonKernels {
   // Floats of scratch for a matrix of these sizes.
   int64_t (*scratch_size)(int64_t rows, int64_t columns);
-  void (*step)(const moesaic_matrix_stack& stack, int64_t matrix, const moesaic_muon& muon, float* scratch);
+  void (*step)(const moesaic_matrix_stack& stack, int64_t matrix, float momentum, float* scratch);
 };
 
 // The smaller side of a matrix: a block of matrix_product.h, so that one product needs no sum of several.

@@ -123,7 +123,7 @@ inline void iterate(const float* x, int64_t s, int64_t l, const float* coefficie
   }
 }
 
-inline void muon_step(const moesaic_matrix_stack& stack, int64_t matrix, const moesaic_muon& muon, float* scratch) {
+inline void muon_step(const moesaic_matrix_stack& stack, int64_t matrix, float momentum, float* scratch) {
   const MatrixSize size{stack.rows, stack.columns};
   const int64_t s = size.short_side(), l = size.long_side(), first = matrix * size.count();
   float* const direction = scratch;
@@ -133,19 +133,18 @@ inline void muon_step(const moesaic_matrix_stack& stack, int64_t matrix, const m
   float* const polynomial = gram + blocked_size(s, s);
   float* const panel = polynomial + blocked_size(s, s);
 
-  const float norm =
-      direction_of(stack.gradients + first, size.count(), muon.momentum, stack.momenta + first, direction);
+  const float norm = direction_of(stack.gradients + first, size.count(), momentum, stack.momenta + first, direction);
   const bool rests = norm < 0.0f;
   if (!rests) {
     to_blocked(direction, size, 1.0f / (norm + 1e-7f), x);
-    for (int64_t i = 0; i < muon.iterations; ++i) {
-      iterate(x, s, l, muon.coefficients + 3 * i, gram, polynomial, next, panel);
+    for (int64_t i = 0; i < stack.iterations; ++i) {
+      iterate(x, s, l, stack.coefficients + 3 * i, gram, polynomial, next, panel);
       float* const last = x;
       x = next, next = last;
     }
     from_blocked(x, size, direction);
   }
-  const Vector keep = Vector::fill(muon.keep), step = Vector::fill(rests ? 0.0f : -stack.step_size);
+  const Vector keep = Vector::fill(stack.keep), step = Vector::fill(rests ? 0.0f : -stack.step_size);
   float* const parameter = stack.parameters + first;
   for_each_vector(size.count(), [&](int64_t j, int some) {
     Vector moved = load(parameter + j, some) * keep;

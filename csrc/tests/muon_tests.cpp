@@ -26,13 +26,12 @@ struct Stack {
 // All parameters and momenta after the step; none when this machine lacks the set.
 std::vector<float> stepped(std::vector<Stack> stacks, const char* set, int threads) {
   const std::vector<float> coefficients{3.4f, -4.7f, 2.0f, 1.9f, -1.3f, 0.4f};
-  const moesaic_muon muon{0.9f, 0.95f, 2, coefficients.data()};
   std::vector<moesaic_matrix_stack> described;
   for (Stack& stack : stacks) {
     described.push_back({stack.number, stack.rows, stack.columns, stack.parameters.data(), stack.gradients.data(),
-                         stack.momenta.data(), 0.1f});
+                         stack.momenta.data(), 0.95f, 0.1f, 2, coefficients.data()});
   }
-  if (moesaic_muon_step(described.data(), int64_t(described.size()), &muon, threads, set)) return {};
+  if (moesaic_muon_step(described.data(), int64_t(described.size()), 0.9f, threads, set)) return {};
   std::vector<float> all;
   for (const Stack& stack : stacks) {
     all.insert(all.end(), stack.parameters.begin(), stack.parameters.end());

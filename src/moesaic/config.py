@@ -73,12 +73,15 @@ class OptimizerConfig:
     eps: float = 1e-8
     momentum: float = 0.95
     """Muon's Nesterov momentum."""
+    expert_every: int = 1
+    """Muon moves routed experts once in so many steps, so many times as far; their momentum takes in every gradient."""
     gradient_clip: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "matrix_lr", "feed_forward_lr", "eps")
         require_not_negative(self, "embedding_lr", "weight_decay", "gradient_clip")
+        require(self.expert_every >= 1, f"expert_every is {self.expert_every}; it must be at least 1")
         for name, value in (("betas[0]", self.betas[0]), ("betas[1]", self.betas[1]), ("momentum", self.momentum)):
             require(0.0 <= value < 1.0, f"{name} is {value}; it must lie in [0, 1)")
 

@@ -1,6 +1,7 @@
 """Muon's step in C++ against a plain loop over the matrices in float64, on every instruction set of this machine."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,12 @@ MOMENTUM, KEEP = 0.9, 0.97
 
 def make_stack(number: int, rows: int, columns: int, step_size: float = 0.3) -> MatrixStack:
     parameters, gradients, momenta = (torch.randn(number, rows, columns) for _ in range(3))
-    return MatrixStack((rows, columns), parameters, gradients * 3, momenta, step_size)
+    return MatrixStack((rows, columns), parameters, gradients * 3, momenta, KEEP, step_size, COEFFICIENTS)
 
 
 def copied(stack: MatrixStack) -> MatrixStack:
-    return MatrixStack(
-        stack.size, stack.parameters.clone(), stack.gradients.clone(), stack.momenta.clone(), stack.step_size
-    )
+    tensors = {name: getattr(stack, name).clone() for name in ("parameters", "gradients", "momenta")}
+    return replace(stack, **tensors)
 
 
 def oracle(stack: MatrixStack) -> Iterator[tuple[Tensor, Tensor]]:
@@ -38,14 +38,14 @@ def oracle(stack: MatrixStack) -> Iterator[tuple[Tensor, Tensor]]:
         moved = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
         x = MOMENTUM * moved + (1 - MOMENTUM) * gradient
         x = x / (x.norm() + 1e-7)
-        for a, b, c in COEFFICIENTS:
+        for a, b, c in stack.coefficients:
             gram = x @ x.mT
             x = a * x + b * gram @ x + c * gram @ gram @ x
-        yield KEEP * parameter - (stack.step_size * x if gradient.any() else 0.0), moved
+        yield stack.keep * parameter - (stack.step_size * x if gradient.any() else 0.0), moved
 
 
 def take_step(*stacks: MatrixStack, instruction_set: str = "") -> None:
-    muon_step(stacks, momentum=MOMENTUM, keep=KEEP, coefficients=COEFFICIENTS, instruction_set=instruction_set)
+    muon_step(stacks, momentum=MOMENTUM, instruction_set=instruction_set)
 
 
 def assert_stepped(stack: MatrixStack, before: MatrixStack) -> None:
@@ -75,9 +75,9 @@ def test_each_matrix_steps_alone(instruction_set: str, size: tuple[int, int]) ->
 
 @EVERY
 def test_several_stacks_and_stacks_of_stacks_in_one_call(instruction_set: str) -> None:
-    tall = make_stack(2, 24, 10, step_size=0.1)
+    tall = replace(make_stack(2, 24, 10, step_size=0.1), coefficients=COEFFICIENTS[1:])
     gate_and_up = make_stack(3, 2 * 12, 16)
-    halves = MatrixStack((12, 16), gate_and_up.parameters, gate_and_up.gradients, gate_and_up.momenta, 0.2)
+    halves = replace(gate_and_up, size=(12, 16), step_size=0.2, keep=0.5)
     empty = make_stack(0, 8, 8)
     before = [copied(tall), copied(halves)]
     take_step(tall, empty, halves, instruction_set=instruction_set)
@@ -122,8 +122,8 @@ def test_what_is_served(instruction_set: str) -> None:
     with pytest.raises(UsageError, match=r"matrices 257 x 300 of torch.float32 are left to torch"):
         take_step(stack, make_stack(1, 257, 300))
     transposed = stack.gradients.mT.contiguous().mT
-    assert not MatrixStack(stack.size, stack.parameters, transposed, stack.momenta, 0.1).is_served
-    assert not MatrixStack(stack.size, stack.parameters.bfloat16(), stack.gradients, stack.momenta, 0.1).is_served
+    assert not replace(stack, gradients=transposed).is_served
+    assert not replace(stack, parameters=stack.parameters.bfloat16()).is_served
 
 
 @EVERY

@@ -135,8 +135,11 @@ def test_finished_data_is_reused_and_not_read_again(book, tmp_path):
     assert (first.validation.runs, first.domains) == (second.validation.runs, second.domains)
 
 
-@pytest.mark.parametrize("change", ["config", "tokens_needed", "tokenizer_file"])
-def test_other_data_is_made_again_and_says_why(book, tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("config", "config"), ("tokens_needed", "number of tokens"), ("tokenizer_file", "tokenizer file")],
+)
+def test_other_data_is_made_again_and_says_why(book, tmp_path, change, words):
     train_bpe([some_text(5000)], 280).save(tmp_path / "tokenizer")
     config = DataConfig(source=str(book), tokenizer=str(tmp_path / "tokenizer"))
     prepare(config, tmp_path / "data", tokens_needed=5000)
@@ -147,7 +150,7 @@ def test_other_data_is_made_again_and_says_why(book, tmp_path, change):
         train_bpe([some_text(5000)], 290).save(tmp_path / "tokenizer")
     else:
         tokens_needed += 1
-    with pytest.warns(UserWarning, match=f"it was made with another {change.replace('_', ' ')}"):
+    with pytest.warns(UserWarning, match=f"it was made with another {words}"):
         data = prepare(config, tmp_path / "data", tokens_needed=tokens_needed)
     fresh = prepare(config, tmp_path / "fresh", tokens_needed=tokens_needed)
     np.testing.assert_array_equal(data.train.tokens, fresh.train.tokens)

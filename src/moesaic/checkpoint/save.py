@@ -72,6 +72,13 @@ def new_directory(path: str | Path) -> Path:
     return directory
 
 
+def require_no_model(directory: Path) -> None:
+    """Raises UsageError where a run would be written over a model's configuration."""
+    weights = sorted(path.name for path in directory.glob("*.safetensors")) if directory.is_dir() else []
+    if weights:
+        raise UsageError(f"{directory} holds a model ({weights[0]}); name another directory with --out")
+
+
 def require_outside(directory: Path, source: ModelSource) -> None:
     """Raises UsageError when a new directory would lie in that of a model, which stays as it is."""
     if directory.is_relative_to(source.directory.resolve()):

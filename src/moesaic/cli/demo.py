@@ -58,6 +58,9 @@ def demo(
     _require_same_demo(configs, out)
 
     from moesaic.analysis.report import write_report
+    from moesaic.checkpoint.save import require_no_model
+
+    require_no_model(out)
 
     console = Console()
     trainers = {}

@@ -27,7 +27,7 @@ def quantize(
     offline: Annotated[bool, Parameter(negative="")] = False,
     revision: str | None = None,
 ) -> None:
-    """Write MODEL with packed weights, for inference: a directory that takes MODEL's place in every command.
+    """Write MODEL with packed weights, for inference: a directory for generate, chat and eval.
 
     Embeddings, norms and routers stay as they are.
 

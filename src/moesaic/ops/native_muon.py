@@ -23,8 +23,12 @@ class MatrixStack:
     parameters: Tensor
     gradients: Tensor
     momenta: Tensor
+    keep: float
+    """What parameters are multiplied by."""
     step_size: float
     """What a matrix with orthogonal rows or columns is multiplied by before it is subtracted."""
+    coefficients: Sequence[tuple[float, float, float]]
+    """(a, b, c) of each iteration, which replaces a direction x by a x + b (x x^T) x + c (x x^T)^2 x."""
 
     @property
     def is_served(self) -> bool:
@@ -39,18 +43,10 @@ class MatrixStack:
         )
 
 
-def muon_step(
-    stacks: Sequence[MatrixStack],
-    *,
-    momentum: float,
-    keep: float,
-    coefficients: Sequence[tuple[float, float, float]],
-    instruction_set: str = "",
-) -> None:
-    """Move momenta towards gradients, orthogonalise Nesterov's directions, subtract them from `keep` times parameters.
+def muon_step(stacks: Sequence[MatrixStack], *, momentum: float, instruction_set: str = "") -> None:
+    """Move momenta towards gradients, orthogonalise Nesterov's directions, subtract them from what is kept.
 
-    Each iteration replaces a direction x by a x + b (x x^T) x + c (x x^T)^2 x with its own `coefficients` (a, b, c).
-    A matrix whose gradient is exactly zero is multiplied by `keep` alone. Results do not depend on the threads.
+    A matrix whose gradient is exactly zero is only multiplied by its `keep`. Results do not depend on the threads.
 
     Raises:
         UsageError: a stack is not served, or this machine lacks the instruction set; nothing has changed.
@@ -66,12 +62,13 @@ def muon_step(
             each.parameters.data_ptr(),
             each.gradients.data_ptr(),
             each.momenta.data_ptr(),
+            each.keep,
             each.step_size,
+            [coefficient for iteration in each.coefficients for coefficient in iteration],
         )
         for each in stacks
     ]
-    flat = [coefficient for iteration in coefficients for coefficient in iteration]
-    status = native().muon_step(described, momentum, keep, flat, torch.get_num_threads(), instruction_set)
+    status = native().muon_step(described, momentum, torch.get_num_threads(), instruction_set)
     for each in stacks:
         torch.autograd.graph.increment_version((each.parameters, each.momenta))
     raise_for(status, instruction_set, lambda: native().expert_kernels())  # built for the same instruction sets

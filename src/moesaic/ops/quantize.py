@@ -124,7 +124,9 @@ def pack(weight: Tensor, format: str, group_size: int = DEFAULT_GROUP_SIZE) -> P
 
     _on_all_threads(pack_panels, _panels(weight.detach(), packed))
     if format == "mxfp4" and squared_error(weight, packed)[0]:
-        raise MoesaicError("its numbers are not of the form mxfp4; choose int8 or int4")
+        raise MoesaicError(
+            "its numbers are not of the form mxfp4, for experts that were published so; choose int8 or int4"
+        )
     return packed
 
 

@@ -270,13 +270,17 @@ def _ids_differ(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return any(old["sha256"][name] != new["sha256"][name] for name in ("train.bin", "validation.bin"))
 
 
+_WORDS = {"tokenizer_file": "tokenizer file", "tokens_needed": "number of tokens"}
+"""Of an identity."""
+
+
 def _difference(directory: Path, old: dict[str, Any] | None, identity: dict[str, Any]) -> str:
     """Why what lies in `directory` cannot be reused; empty when it can."""
     if old is None:
         return "data.json is missing or damaged"
     for key, value in identity.items():
         if old["identity"].get(key) != value:
-            return f"it was made with another {key.replace('_', ' ')}"
+            return f"it was made with another {_WORDS.get(key, key)}"
     for name in _CHECKED_FILES:
         if not (directory / name).is_file() or sha256_of(directory / name) != old["sha256"].get(name):
             return f"{name} is missing or damaged"

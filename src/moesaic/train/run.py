@@ -15,6 +15,7 @@ import torch
 from moesaic.accounting import weight_bytes
 from moesaic.checkpoint.families import family_for_export
 from moesaic.checkpoint.run_state import RunState, list_steps, newest_run_state
+from moesaic.checkpoint.save import require_no_model
 from moesaic.config import TrainConfig
 from moesaic.config_io import from_mapping, write_run_config
 from moesaic.errors import MoesaicError, UsageError
@@ -137,6 +138,7 @@ def _require_possible(config: TrainConfig, device: torch.device) -> None:
 
 
 def _require_unused(run_directory: Path) -> None:
+    require_no_model(run_directory)
     newest = max(list_steps(run_directory), default=0)
     if newest > 0:
         raise UsageError(

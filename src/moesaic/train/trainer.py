@@ -25,7 +25,7 @@ from moesaic.train.data import PreparedData, TrainBatches, validation_batches
 from moesaic.train.evaluate import Evaluation, evaluate
 from moesaic.train.metrics import MetricsLog
 from moesaic.train.objective import Batch, BatchResult, accumulate_gradients, update_after_step
-from moesaic.train.optimizer import load_optimizer_tensors, make_optimizers, optimizer_tensors, set_learning_rates
+from moesaic.train.optimizer import load_optimizer_tensors, make_optimizers, optimizer_tensors, prepare_step
 from moesaic.train.schedule import rate_factor
 from moesaic.train.screen import Screen
 
@@ -102,17 +102,23 @@ class Trainer:
         finally:
             log.close()
 
+    def _clip_gradients(self) -> float:
+        """Returns their norm before it."""
+        norm = nn.utils.get_total_norm([each.grad for each in self.model.parameters() if each.grad is not None])
+        if self.config.optimizer.gradient_clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optimizer.gradient_clip, norm)
+        return float(norm)
+
     def train_step(self) -> Update:
         """One optimizer step on batch number `self.step`; advances the step even when the update is skipped."""
         factor = rate_factor(self.step, self.config.steps, self.config.schedule)
-        set_learning_rates(self.optimizers, factor)
+        prepare_step(self.optimizers, self.step, factor)
         batch = self._batch().to(self.device)
         micro_batches = batch.split(self.config.micro_batch_size or self.config.batch_size)
         self.model.train()  # noise and capacities belong to training
         balance = self.config.balance
         result = accumulate_gradients(self.model, micro_batches, balance, dtype=DTYPES[self.config.dtype])
-        clip = self.config.optimizer.gradient_clip or math.inf
-        grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), clip))
+        grad_norm = self._clip_gradients()
         skipped = not (math.isfinite(result.loss) and math.isfinite(grad_norm))
         if not skipped:
             for optimizer in self.optimizers:
