@@ -1,7 +1,7 @@
 """How much wall clock a sparse model needs to reach the final loss of its dense twin.
 
 Twins have the same attention and equal active FLOPs per token within 2 %, the same tokens in the same order, and the
-same rates; each has the batch that suits it. The dense twin trains until it has seen 20 tokens per active parameter, or
+same rates. The dense twin trains until it has seen 20 tokens per active parameter, or
 as many as asked for. The sparse one follows a schedule of its own, which is as long as --share says: a rate that falls
 to zero at the end is part of reaching a loss soon, so each must be allowed its own end. Seconds are those of each
 twin's own training steps, read between two evaluations along a straight line; evaluation and saving do not count. The
@@ -99,8 +99,8 @@ def twins(arguments: argparse.Namespace, seed: int) -> Twins:
     sparse = _model(arguments, moe=moe)
     tokens = arguments.tokens_per_parameter * (0.01 if arguments.quick else 1.0) * count_parameters(dense).active
     return {
-        "dense": _run(arguments, seed, dense, tokens, which=0),
-        "sparse": replace(_run(arguments, seed, sparse, arguments.share * tokens, which=1), balance=balance),
+        "dense": _run(arguments, seed, dense, tokens),
+        "sparse": replace(_run(arguments, seed, sparse, arguments.share * tokens), balance=balance),
     }
 
 
@@ -120,18 +120,18 @@ def _model(arguments: argparse.Namespace, **feed_forward: Any) -> ModelConfig:
     )
 
 
-def _run(arguments: argparse.Namespace, seed: int, model: ModelConfig, tokens: float, *, which: int) -> TrainConfig:
-    """The demo's recipe with this model, for so many tokens; `which` says which of two flags is this twin's."""
+def _run(arguments: argparse.Namespace, seed: int, model: ModelConfig, tokens: float) -> TrainConfig:
+    """The demo's recipe with this model, for so many tokens."""
     recipe = demo_config("dense", seed=seed)
-    muon, rate, batch = recipe.optimizer, arguments.rate, arguments.batch[which]
-    steps = max(2, math.ceil(tokens / (batch * arguments.length)))
+    muon, rate = recipe.optimizer, arguments.rate
+    steps = max(2, math.ceil(tokens / (arguments.batch * arguments.length)))
     optimizer = (
         replace(
             muon,
             lr=muon.lr * rate,
             embedding_lr=muon.embedding_lr * rate,
             matrix_lr=muon.matrix_lr * rate,
-            feed_forward_lr=muon.feed_forward_lr * rate * arguments.feed_forward_rate[which],
+            feed_forward_lr=muon.feed_forward_lr * rate,
             expert_every=arguments.expert_every,
         )
         if arguments.optimizer == "muon"
@@ -144,7 +144,7 @@ def _run(arguments: argparse.Namespace, seed: int, model: ModelConfig, tokens: f
         optimizer=optimizer,
         schedule=replace(recipe.schedule, decay_fraction=arguments.decay),
         steps=steps,
-        batch_size=batch,
+        batch_size=arguments.batch,
         sequence_length=arguments.length,
         checkpoint=CheckpointConfig(save_every=steps, keep=1),  # each turn saves at its end anyway
         evaluate_every=max(1, steps // EVALUATIONS),
@@ -297,9 +297,8 @@ def _write_record(path: Path, races: Sequence[Comparison], configs: Twins, folde
         "",
         f"- Hardware: {hardware()}",
         f"- Date: {datetime.date.today()}; commit {commit()}",
-        f"- Work: dense {dense.steps} steps of {dense.tokens_per_step:,} tokens, sparse at most {sparse.steps} of "
-        f"{sparse.tokens_per_step:,};",
-        f"  {seen:.1f} tokens per active parameter of the dense one;",
+        f"- Work: dense {dense.steps} steps, sparse at most {sparse.steps}, of {dense.tokens_per_step:,} tokens; "
+        f"{seen:.1f} tokens per active parameter;",
         f"  dense {counts['dense'].total / 1e6:.2f} M parameters, sparse {counts['sparse'].total / 1e6:.2f} M with "
         f"{counts['sparse'].active / 1e6:.2f} M active; {flops / 1e6:.2f} training MFLOP per token.",
         "- Seconds are those of the twins' own steps, taken in turns; the ratio is sparse to dense, less is better.",
@@ -330,10 +329,9 @@ def _shown(ratio: float | None) -> str:
     return "never" if ratio is None else f"{ratio:.3f}"
 
 
-OF_TWINS = {"nargs": 2, "metavar": ("DENSE", "SPARSE")}
 FLAGS: tuple[tuple[str, dict[str, object]], ...] = (
     ("--seeds", {"type": positive, "default": 3, "help": "seeds 0 to N-1"}),
-    ("--share", {"type": float, "default": 0.5, "help": "length of the sparse run, as a share of the dense one's"}),
+    ("--share", {"type": float, "default": 0.55, "help": "length of the sparse run, as a share of the dense one's"}),
     ("--tokens-per-parameter", {"type": float, "default": 20.0, "help": "of the dense twin, active ones"}),
     ("--width", {"type": positive, "default": 64, "help": "of the residual stream"}),
     ("--layers", {"type": positive, "default": 3}),
@@ -345,13 +343,9 @@ FLAGS: tuple[tuple[str, dict[str, object]], ...] = (
     ("--router", {"choices": tuple(ROUTERS), "default": "sigmoid", "help": "scores, and what balances them"}),
     ("--optimizer", {"choices": ("muon", "adamw"), "default": "muon"}),
     ("--rate", {"type": float, "default": 1.0, "help": "factor on all learning rates of the recipe"}),
-    (
-        "--feed-forward-rate",
-        {**OF_TWINS, "type": float, "default": (1.0, 1.0), "help": "factor on theirs"},
-    ),
     ("--expert-every", {"type": positive, "default": 4, "help": "steps between two of the sparse twin's experts"}),
     ("--decay", {"type": float, "default": 0.8, "help": "share of a run over which the rates fall"}),
-    ("--batch", {**OF_TWINS, "type": positive, "default": (64, 32), "help": "sequences per step"}),
+    ("--batch", {"type": positive, "default": 32, "help": "sequences per step"}),
     ("--length", {"type": positive, "default": 128, "help": "tokens of a sequence"}),
     ("--data", {"default": "stdlib", "help": "text to train on, as in moesaic train"}),
     ("--slice", {"type": positive, "default": 50, "help": "steps of a turn of the dense twin"}),
