@@ -34,7 +34,7 @@ def demo_config(
             lr=0.01,
             embedding_lr=0.03,
             matrix_lr=0.0075,
-            feed_forward_lr=0.00375,
+            feed_forward_lr=0.005625 if model.moe else 0.00375,  # each the best that was found for it
             weight_decay=0.05,
             eps=1e-10,
             gradient_clip=0.0,
