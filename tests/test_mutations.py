@@ -161,7 +161,7 @@ MUTATIONS = (
     Mutation(
         "the bias weighs what it chose",
         "model/routers/topk.py",
-        "        topk_weights_TK = self.scores(logits).gather(1, topk_ids)",
+        "        topk_weights_TK = self.scores_of(logits, topk_ids)",
         "        topk_weights_TK = (self.scores(logits) + self.expert_bias).gather(1, topk_ids)",
         TRAPS + "test_the_bias_chooses_and_never_weighs",
     ),
@@ -203,8 +203,8 @@ MUTATIONS = (
     Mutation(
         "an expert without tokens does not decay",
         "train/optimizer.py",
-        '                parameter.mul_(1 - group["lr"] * group["weight_decay"])',
-        '                parameter.mul_(1 - group["lr"] * group["weight_decay"] * has_gradient)',
+        '            keep=(1 - group["lr"] * group["weight_decay"]) ** every,',
+        "            keep=1.0,",
         TRAPS + "test_an_expert_without_tokens_has_a_gradient_of_zero_and_still_decays",
     ),
     Mutation(
