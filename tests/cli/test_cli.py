@@ -193,6 +193,10 @@ REFUSALS: list[tuple[list[str], int, list[str]]] = [
     (["train", "{config}", "--out", "{folder}/new", "--steps", "9" * 5000], 2, ["steps"]),
     (["train", "{config}", "--out", "{folder}/new", "--seed", "9" * 20], 2, ["2^63"]),
     (["train", "{config}", "--out", "{folder}/new", "--model.hidden-size", "4000000"], 2, ["GiB"]),
+    (["train", "{config}", "--out", "{folder}/new", "--batch-size", "100000000"], 2, ["GiB", "set micro_batch_size"]),
+    (["train", "{config}", "--out", "{folder}/model"], 2, ["holds a model (model.safetensors); name another"]),
+    (["demo", "--minutes", "0.01", "--out", "{folder}/model"], 2, ["holds a model (model.safetensors); name another"]),
+    (["train", "{config}", "--out", "{folder}/new", "--optimizer.expert-every", "0"], 2, ["expert_every is 0"]),
     (["train", "{config}", "--out", "{folder}/new", "--device", "meta"], 2, ["this machine has cpu"]),
     (["eval", "{run}", "--data", "{folder}/text.txt", "--sequence-length", "0"], 2, ["1 or more"]),
     (["eval", "{run}", "--data", "{folder}/text.txt", "--sequence-length", "4096"], 2, ["2048 positions"]),
@@ -212,6 +216,8 @@ REFUSALS: list[tuple[list[str], int, list[str]]] = [
 def test_mistakes_get_one_line(trained: Path, arguments: list[str], code: int, words: list[str]) -> None:
     (trained / "empty.txt").write_text("")
     (trained / "short.txt").write_text("too short")
+    (trained / "model").mkdir(exist_ok=True)
+    (trained / "model" / "model.safetensors").write_bytes(b"somebody's")
     (trained / "latin1.txt").write_bytes("caf\xe9 ".encode("latin-1") * 100)
     names = {"folder": trained, "run": trained / "run", "config": trained / "config.toml"}
     assert_refused(moesaic(*(argument.format(**names) for argument in arguments)), code, *words)

@@ -37,8 +37,8 @@ class Muon(Optimizer):
     2502.16982). A matrix whose gradient is exactly zero, an expert without tokens, is only decayed; its momentum fades
     meanwhile.
 
-    Stacks move once in `stack_every` steps, so many times as far. What an expert learns from the few tokens of one step
-    is noisy, and orthogonalising the experts is most of the work.
+    Stacks move once in `stack_every` steps, so many times as far: in which, a group's `number` of the step tells, see
+    `prepare_step`. What an expert learns from the few tokens of a step is noisy, and orthogonalising most of the work.
     """
 
     def __init__(

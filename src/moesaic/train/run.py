@@ -135,6 +135,14 @@ def _require_possible(config: TrainConfig, device: torch.device) -> None:
             f"training this model takes at least {needed / 2**30:.1f} GiB and this machine has "
             f"{memory / 2**30:.1f} GiB; make model.hidden_size, num_hidden_layers or moe.num_experts smaller"
         )
+    # Logits, their softmax and their gradient: rarely all activations, but what grows first with a careless number.
+    tokens = (config.micro_batch_size or config.batch_size) * config.sequence_length
+    needed += 3 * 4 * tokens * config.model.vocab_size
+    if device.type == "cpu" and needed > memory:
+        raise UsageError(
+            f"{tokens:,} tokens at a time take at least {needed / 2**30:.1f} GiB with this model and this machine has "
+            f"{memory / 2**30:.1f} GiB; make batch_size smaller, or set micro_batch_size"
+        )
 
 
 def _require_unused(run_directory: Path) -> None:
