@@ -76,10 +76,16 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as temporary, cpu_set_up_for_training():
-        folder = Path(arguments.scratch or temporary) / _fingerprint(twins(arguments, seed=0))
+        scratch = Path(arguments.scratch or temporary)
+        folder = scratch / _fingerprint(twins(arguments, seed=0))
         races = [race(twins(arguments, seed), seed, folder, arguments.slice) for seed in seeds]
+        by_experts = {arguments.experts: races[0]}
+        for experts in arguments.other_experts:
+            configs = twins(argparse.Namespace(**{**vars(arguments), "experts": experts}), seed=0)
+            note(f"{experts} experts")
+            by_experts[experts] = race(configs, 0, scratch / _fingerprint(configs), arguments.slice)
         if arguments.record:
-            _write_record(Path(arguments.record), races, twins(arguments, seed=0), folder)
+            _write_record(Path(arguments.record), races, by_experts, twins(arguments, seed=0), folder)
     return [*(_seed_row(seed, each) for seed, each in zip(seeds, races, strict=True)), _summary_row(races)]
 
 
@@ -284,7 +290,9 @@ def _summary_row(races: Sequence[Comparison]) -> Row:
     )
 
 
-def _write_record(path: Path, races: Sequence[Comparison], configs: Twins, folder: Path) -> None:
+def _write_record(
+    path: Path, races: Sequence[Comparison], by_experts: Mapping[int, Comparison], configs: Twins, folder: Path
+) -> None:
     """A page of benchmarks/results, to which a person adds what it says, and the first seed's losses over the clock."""
     dense, sparse = configs["dense"], configs["sparse"]
     counts = {name: count_parameters(config.model) for name, config in configs.items()}
@@ -318,11 +326,24 @@ def _write_record(path: Path, races: Sequence[Comparison], configs: Twins, folde
     lines += [f"| Tokens, M | {names} |", "|---" * (len(races) + 1) + "|"]
     for points in zip(*curves, strict=True):
         lines.append(f"| {points[0][0] / 1e6:.2f} | {' | '.join(_shown(ratio) for _, ratio in points)} |")
+    lines += _table_by_experts(by_experts)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     write_plots(plots, races[0])
     shutil.copyfile(plots / "loss_seconds.png", path.with_suffix(".png"))
+
+
+def _table_by_experts(races: Mapping[int, Comparison]) -> list[str]:
+    """Nothing where there is only one number of experts."""
+    if len(races) == 1:
+        return []
+    lines = ["", "The number of experts, seed 0:", "", "| Experts | Dense loss | Sparse loss | Ratio | Tokens, ratio |"]
+    lines.append("|---|---|---|---|---|")
+    for experts, each in sorted(races.items()):
+        losses = f"{each.dense.val_loss:.4f} | {each.sparse.val_loss:.4f}"
+        lines.append(f"| {experts} | {losses} | {_shown(each.ratio('seconds'))} | {_shown(each.ratio('tokens'))} |")
+    return lines
 
 
 def _shown(ratio: float | None) -> str:
@@ -339,6 +360,7 @@ FLAGS: tuple[tuple[str, dict[str, object]], ...] = (
     ("--head-dim", {"type": positive, "default": 16}),
     ("--vocabulary", {"type": positive, "default": 2048}),
     ("--experts", {"type": positive, "default": 128}),
+    ("--other-experts", {"type": positive, "nargs": "*", "default": (), "help": "numbers to race seed 0 with as well"}),
     ("--top-k", {"type": positive, "default": 4, "help": "experts per token"}),
     ("--router", {"choices": tuple(ROUTERS), "default": "sigmoid", "help": "scores, and what balances them"}),
     ("--optimizer", {"choices": ("muon", "adamw"), "default": "muon"}),
