@@ -6,6 +6,7 @@ Every process is a real `moesaic train`; the kills fall anywhere: start-up, data
 import argparse
 import hashlib
 import json
+import math
 import random
 import shutil
 import signal
@@ -18,6 +19,8 @@ from pathlib import Path
 from common import ROOT, Row, note, positive, run_benchmark
 
 STEPS = 800
+MOST_TRAINING = 0.25
+"""How long a process may train before it is killed, as a share of the time that its start takes on this machine."""
 CONFIG = """
 steps = {steps}
 batch_size = 4
@@ -95,14 +98,19 @@ def _measure(scratch: Path, kills: int, moments: random.Random) -> Row:
 def _kill(config: Path, run: Path, moments: random.Random, startup: float, *, among_steps: bool) -> bool:
     """Start (or resume) the run and kill it; False when it ended by itself before that."""
     metrics = run / "metrics.jsonl"
-    before = _written(metrics)
+    before, training = _written(metrics), MOST_TRAINING * startup
+    moment = moments.uniform(0, training if among_steps else startup)
     with subprocess.Popen(_command(config, run), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        while among_steps and process.poll() is None and _written(metrics) == before:
+        started, training_since = time.monotonic(), math.inf
+        while process.poll() is None:
+            now = time.monotonic()
+            if _written(metrics) != before:
+                training_since = min(training_since, now)
+            waited = now - (training_since if among_steps else started)
+            if waited >= moment or now - training_since >= training:
+                process.kill()
+                break
             time.sleep(0.005)
-        try:
-            process.wait(moments.uniform(0, 0.6 if among_steps else startup))
-        except subprocess.TimeoutExpired:
-            process.kill()
         _, errors = process.communicate()
     if process.returncode > 0:
         raise SystemExit(f"the process failed by itself: {errors.decode()}")
