@@ -110,7 +110,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         vocab_size=257, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, moe=None,
     )  # fmt: skip
-    export_model(Transformer(config), byte_tokenizer(), directory / "out")
+    model = Transformer(config)
+    model.init_weights()
+    export_model(model, byte_tokenizer(), directory / "out")
     return {file.name: file.read_bytes() for file in (directory / "out").iterdir()} | EXTRA_FILES
 
 

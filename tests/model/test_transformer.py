@@ -312,3 +312,9 @@ def test_a_full_cache_names_its_capacity() -> None:
 def test_an_unknown_backend_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match="unknown backend 'fast'"):
         build(CONFIGS["dense, tied"], "fast")
+
+
+def test_positions_of_another_shape_are_refused() -> None:
+    model, tokens = build(SPARSE), random_tokens(2, 4)
+    with pytest.raises(UsageError, match=r"positions are \(1, 4\), and tokens \(2, 4\)"):
+        model(tokens, torch.arange(4).unsqueeze(0))
