@@ -1,12 +1,12 @@
 """How much wall clock a sparse model needs to reach the final loss of its dense twin.
 
 Twins have the same attention and equal active FLOPs per token within 2 %, the same tokens in the same order, and the
-same rates. The dense twin trains until it has seen 20 tokens per active parameter, or
-as many as asked for. The sparse one follows a schedule of its own, which is as long as --share says: a rate that falls
-to zero at the end is part of reaching a loss soon, so each must be allowed its own end. Seconds are those of each
-twin's own training steps, read between two evaluations along a straight line; evaluation and saving do not count. The
-twins take turns of some steps each, so that both meet the same machine. A race goes on where it stopped when it is
-started anew with the same flags and --scratch.
+same rates. The dense twin trains until it has seen 20 tokens per active parameter, or as many as asked for. The sparse
+one follows a schedule of its own, which is as long as --share says: a rate that falls to zero at the end is part of
+reaching a loss soon, so each must be allowed its own end. Seconds are those of each twin's own training steps, read
+between two evaluations along a straight line; evaluation and saving do not count. The twins take turns of some steps
+each, so that both meet the same machine. A race goes on where it stopped when it is started anew with the same flags
+and --scratch.
 """
 
 import argparse

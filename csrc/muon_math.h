@@ -37,7 +37,6 @@ inline int64_t muon_scratch_size(int64_t rows, int64_t columns) {
 inline float direction_of(const float* gradient, int64_t count, float kept, float* momentum, float* direction) {
   const Vector keep = Vector::fill(kept);
   Vector gradient_squares = Vector::fill(0.0f), squares = gradient_squares;
-  bool any = false;
   for_each_vector(count, [&](int64_t j, int some) {
     const Vector g = load(gradient + j, some);
     const Vector m = multiply_add(keep, load(momentum + j, some) - g, g);
@@ -47,7 +46,7 @@ inline float direction_of(const float* gradient, int64_t count, float kept, floa
     squares = multiply_add(d, d, squares);
     gradient_squares = multiply_add(g, g, gradient_squares);
   });
-  any = gradient_squares.sum() != 0.0f;
+  bool any = gradient_squares.sum() != 0.0f;
   for (int64_t j = 0; !any && j < count; ++j) any = gradient[j] != 0.0f;  // whose square is too small for a float
   return any ? sqrtf(squares.sum()) : -1.0f;
 }
@@ -134,22 +133,23 @@ inline void muon_step(const moesaic_matrix_stack& stack, int64_t matrix, float m
   float* const panel = polynomial + blocked_size(s, s);
 
   const float norm = direction_of(stack.gradients + first, size.count(), momentum, stack.momenta + first, direction);
-  const bool rests = norm < 0.0f;
-  if (!rests) {
-    to_blocked(direction, size, 1.0f / (norm + 1e-7f), x);
-    for (int64_t i = 0; i < stack.iterations; ++i) {
-      iterate(x, s, l, stack.coefficients + 3 * i, gram, polynomial, next, panel);
-      float* const last = x;
-      x = next, next = last;
-    }
-    from_blocked(x, size, direction);
-  }
-  const Vector keep = Vector::fill(stack.keep), step = Vector::fill(rests ? 0.0f : -stack.step_size);
+  const Vector keep = Vector::fill(stack.keep), step = Vector::fill(-stack.step_size);
   float* const parameter = stack.parameters + first;
+  if (norm < 0.0f) {
+    for_each_vector(size.count(), [&](int64_t j, int some) {
+      store(load(parameter + j, some) * keep, parameter + j, some);
+    });
+    return;
+  }
+  to_blocked(direction, size, 1.0f / (norm + 1e-7f), x);
+  for (int64_t i = 0; i < stack.iterations; ++i) {
+    iterate(x, s, l, stack.coefficients + 3 * i, gram, polynomial, next, panel);
+    float* const last = x;
+    x = next, next = last;
+  }
+  from_blocked(x, size, direction);
   for_each_vector(size.count(), [&](int64_t j, int some) {
-    Vector moved = load(parameter + j, some) * keep;
-    if (!rests) moved = multiply_add(step, load(direction + j, some), moved);
-    store(moved, parameter + j, some);
+    store(multiply_add(step, load(direction + j, some), load(parameter + j, some) * keep), parameter + j, some);
   });
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moesaic.errors import UsageError
 from moesaic.ops.instruction_set import native_module
+from moesaic.ops.native import native_instruction_sets
 from moesaic.ops.native_call import native, raise_for
 
 
@@ -71,4 +72,4 @@ def muon_step(stacks: Sequence[MatrixStack], *, momentum: float, instruction_set
     status = native().muon_step(described, momentum, torch.get_num_threads(), instruction_set)
     for each in stacks:
         torch.autograd.graph.increment_version((each.parameters, each.momenta))
-    raise_for(status, instruction_set, lambda: native().expert_kernels())  # built for the same instruction sets
+    raise_for(status, instruction_set, native_instruction_sets)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moesaic.errors import UsageError
 from moesaic.ops.instruction_set import native_module
+from moesaic.ops.native import native_instruction_sets
 from moesaic.ops.native_call import address, float32, is_plain_call, is_plain_tensor, native, raise_for
 
 FEW_TOKENS = 16
@@ -55,7 +56,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, instruction_set: s
     status = native().rms_norm(
         x.data_ptr(), address(weight), rows, size, eps, torch.get_num_threads(), instruction_set, y.data_ptr()
     )
-    raise_for(status, instruction_set, _usable)
+    raise_for(status, instruction_set, native_instruction_sets)
     return y
 
 
@@ -140,7 +141,7 @@ def attend(step: AttentionStep, query: Tensor, key: Tensor, value: Tensor, *, in
         instruction_set,
         y.data_ptr(),
     )
-    raise_for(status, instruction_set, _usable)
+    raise_for(status, instruction_set, native_instruction_sets)
     return y
 
 
@@ -195,7 +196,7 @@ def route(step: RouterStep, x: Tensor, *, instruction_set: str = "") -> tuple[Te
         instruction_set,
         (logits_TE.data_ptr(), ids_TK.data_ptr(), weights_TK.data_ptr()),
     )
-    raise_for(status, instruction_set, _usable)
+    raise_for(status, instruction_set, native_instruction_sets)
     return logits_TE, ids_TK, weights_TK
 
 
@@ -212,9 +213,5 @@ def top_k(values: Tensor, k: int, *, instruction_set: str = "") -> Tensor:
     status = native().top_k(
         values.data_ptr(), *values.shape, k, torch.get_num_threads(), instruction_set, ids_Tk.data_ptr()
     )
-    raise_for(status, instruction_set, _usable)
+    raise_for(status, instruction_set, native_instruction_sets)
     return ids_Tk
-
-
-def _usable() -> list[str]:
-    return native().expert_kernels()  # built for the same instruction sets

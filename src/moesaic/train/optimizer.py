@@ -58,7 +58,7 @@ class Muon(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "Muon takes one gradient per step"
         for group in self.param_groups:
-            stacks = []
+            served, others = [], []
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -67,13 +67,11 @@ class Muon(Optimizer):
                 if (group["number"] + 1) % every:
                     stack.momenta.lerp_(stack.gradients, 1 - group["momentum"])
                 else:
-                    stacks.append(stack)
-            served = [stack for stack in stacks if stack.is_served]
+                    (served if stack.is_served else others).append(stack)
             if served:
                 muon_step(served, momentum=group["momentum"])
-            for stack in stacks:
-                if not stack.is_served:
-                    _step(stack, group["momentum"])
+            for stack in others:
+                _step(stack, group["momentum"])
 
     def _stack(self, parameter: Tensor, group: Mapping[str, Any], every: int) -> MatrixStack:
         """A step of it, as long as `every` ones."""

@@ -102,13 +102,6 @@ class Trainer:
         finally:
             log.close()
 
-    def _clip_gradients(self) -> float:
-        """Returns their norm before it."""
-        norm = nn.utils.get_total_norm([each.grad for each in self.model.parameters() if each.grad is not None])
-        if self.config.optimizer.gradient_clip:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optimizer.gradient_clip, norm)
-        return float(norm)
-
     def train_step(self) -> Update:
         """One optimizer step on batch number `self.step`; advances the step even when the update is skipped."""
         factor = rate_factor(self.step, self.config.steps, self.config.schedule)
@@ -140,6 +133,13 @@ class Trainer:
         )
         dtype = DTYPES[config.dtype]
         return evaluate(self.model, batches, self.token_bytes, num_domains=num_domains, dtype=dtype)
+
+    def _clip_gradients(self) -> float:
+        """Returns their norm before it."""
+        norm = nn.utils.get_total_norm([each.grad for each in self.model.parameters() if each.grad is not None])
+        if self.config.optimizer.gradient_clip:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optimizer.gradient_clip, norm)
+        return float(norm)
 
     def _batch(self) -> Batch:
         """Batch number `self.step`; its noise follows from the seed, the step and the sequence alone."""

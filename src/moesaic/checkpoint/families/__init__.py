@@ -102,8 +102,8 @@ def family_for_export(config: ModelConfig) -> Family:
     if config.moe is not None and config.moe.router not in PUBLISHED_ROUTERS:
         raise MoesaicError(
             f"no Hugging Face family has the router {config.moe.router}: this model trains and runs here (also with "
-            f"--quantization), but cannot be written as a Hugging Face directory; those that "
-            f"can have the router {', '.join(PUBLISHED_ROUTERS)}"
+            "--quantization), but cannot be written as a Hugging Face directory; the routers that can be are "
+            f"{', '.join(PUBLISHED_ROUTERS)}"
         )
     lost = {}
     for family in FAMILIES.values():
@@ -113,7 +113,6 @@ def family_for_export(config: ModelConfig) -> Family:
                 return family
     nearest = min(lost, key=lambda name: len(lost[name]))
     raise MoesaicError(
-        f"no Hugging Face family can express this model: it trains and runs here (also with "
-        f"--quantization), but cannot be written as a Hugging Face directory; the "
-        f"nearest is {nearest}, in which {'; '.join(lost[nearest])}"
+        "no Hugging Face family can express this model: it trains and runs here (also with --quantization), but cannot "
+        f"be written as a Hugging Face directory; the nearest is {nearest}, in which {'; '.join(lost[nearest])}"
     )
