@@ -11,6 +11,17 @@ struct BFloat16 {
 // Internal linkage: each instruction set compiles them anew.
 namespace {
 
+// Two numbers, multiplied with two others in one step of a product, which adds both results up.
+struct Pair {
+  BFloat16 first, second;
+};
+
+// Numbers that an element of a factor holds, a float or a Pair.
+template <class Factor>
+constexpr int numbers_per = 1;
+template <>
+constexpr int numbers_per<Pair> = 2;
+
 inline float widened(BFloat16 number) {
   const uint32_t bits = uint32_t(number.bits) << 16;
   float wide;

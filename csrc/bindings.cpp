@@ -44,7 +44,7 @@ int experts_backward(const Experts& experts, int threads, const char* instructio
 
 NB_MODULE(_native, module) {
   module.doc() = "C++ CPU kernels of moesaic.";
-  module.attr("interface") = 2;  // rises when a function or its arguments change, and with it ops/instruction_set.py
+  module.attr("interface") = 3;  // rises when a function or its arguments change, and with it ops/instruction_set.py
 
   module.def(
       "instruction_set", [] { return moesaic_instruction_set(); }, "Best instruction-set level of this machine.");
@@ -58,8 +58,15 @@ NB_MODULE(_native, module) {
       },
       "Feature name, spelled as in /proc/cpuinfo, to whether CPU and operating system support it.");
 
-  module.def("expert_kernels", &list_of<moesaic_expert_kernels>,
-             "Instruction sets whose expert kernels run here, the best first.");
+  module.def(
+      "expert_kernels",
+      [] {
+        nb::dict by_element;
+        by_element["float32"] = list_of(moesaic_expert_kernels(MOESAIC_FLOAT32));
+        by_element["bfloat16"] = list_of(moesaic_expert_kernels(MOESAIC_BFLOAT16));
+        return by_element;
+      },
+      "Type of the numbers to the instruction sets whose expert kernels for it run here, the best first.");
   module.def("plan_size", &moesaic_plan_size, nb::arg("num_tokens"), nb::arg("num_rows"), nb::arg("num_experts"));
   module.def(
       "make_plan",

@@ -20,11 +20,10 @@ T* at(nb::handle address) {
   return at<T>(nb::cast<uintptr_t>(address));
 }
 
-// The list of names that a function returns, ended by NULL.
-template <const char* const* (*names)()>
-nb::list list_of() {
+// The list of these names, ended by NULL.
+inline nb::list list_of(const char* const* names) {
   nb::list all;
-  for (const char* const* name = names(); *name; ++name) all.append(*name);
+  for (; *names; ++names) all.append(*names);
   return all;
 }
 

@@ -25,7 +25,7 @@ struct BufferSizes {
 };
 
 // The kernels of one instruction set for one type of the numbers in memory, the element. `void` arrays are of that type,
-// everything between is float32.
+// the rest are float32, but for what stands between backward and weight_gradients.
 struct ExpertKernels {
   int element_size;  // bytes
   int column_step;   // column ranges start at multiples of this
@@ -44,26 +44,29 @@ struct ExpertKernels {
   void (*few_outputs)(const moesaic_experts& experts, RowRange rows, ColumnRange outputs, const float* hidden,
                       float* rows_out);
 
-  // Gradient of each row's weight and, into rows_out (N, D), of its copy of x. Fills `hidden` and `grad_gate_up`.
+  // Gradient of each row's weight and, into rows_out (N, D), of its copy of x. Fills `hidden` and `grad_gate_up`, in the
+  // form in which these kernels multiply them.
   void (*backward)(const moesaic_experts& experts, RowRange rows, const void* pre_activations, const void* grad_y,
-                   float* grad_row_weights, float* rows_out, float* hidden, float* grad_gate_up, float* scratch);
+                   float* grad_row_weights, float* rows_out, void* hidden, void* grad_gate_up, float* scratch);
 
   // What the rows add to the gradients of their expert's weights, in these columns of gate_up (of D) and of down (of F);
   // with the first column of gate_up also to the gradients of the biases. The first chunk overwrites what is there.
   // Elements that are not float are summed up in `sums`, which stay from chunk to chunk, and written with the last.
-  void (*weight_gradients)(const moesaic_experts& experts, RowRange rows, const void* grad_y, const float* hidden,
-                           const float* grad_gate_up, ColumnRange gate_up_columns, ColumnRange down_columns, Turn turn,
+  void (*weight_gradients)(const moesaic_experts& experts, RowRange rows, const void* grad_y, const void* hidden,
+                           const void* grad_gate_up, ColumnRange gate_up_columns, ColumnRange down_columns, Turn turn,
                            const moesaic_expert_gradients& gradients, float* sums, float* scratch);
 
   // Sums rows (N, D) into tokens first .. last - 1 of out (T, D).
   void (*sum_rows)(const moesaic_experts& experts, const float* rows, int64_t first, int64_t last, void* out);
 };
 
-struct ExpertKernelsByElement {
-  ExpertKernels of_float, of_bfloat16;
-};
-
 // NULL where the compiler could not build them; whether the CPU can run them is another question.
-const ExpertKernelsByElement* moesaic_expert_kernels_avx512();
-const ExpertKernelsByElement* moesaic_expert_kernels_avx2();
-const ExpertKernelsByElement* moesaic_expert_kernels_portable();
+const ExpertKernels* moesaic_float_kernels_avx512();
+const ExpertKernels* moesaic_float_kernels_avx2();
+const ExpertKernels* moesaic_float_kernels_portable();
+const ExpertKernels* moesaic_bfloat16_kernels_avx512_bf16();
+const ExpertKernels* moesaic_bfloat16_kernels_avx512();
+const ExpertKernels* moesaic_bfloat16_kernels_avx2();
+const ExpertKernels* moesaic_bfloat16_kernels_portable();
+// Those of avx512_bf16, with other instructions in the place of its products of pairs.
+const ExpertKernels* moesaic_bfloat16_kernels_avx512_pairs();

@@ -1,9 +1,9 @@
 // The experts' forward and backward pass on chunks of rows, in terms of matrix_product.h, few_rows.h and
-// gated_activation.h. Internal linkage, like these. The including file hands out expert_kernels.
+// gated_activation.h. Internal linkage, like these. The including file hands out expert_kernels of its elements.
 //
-// What is in memory is of type Element, float or BFloat16: it is widened as it is gathered or packed. All products and
-// sums are float32, and each result is rounded once. A product of BFloat16 pairs would take the place of Vector::load()
-// and multiply_add() in few_rows.h, and of pack() and add_step() in matrix_product.h.
+// What is in memory is of type Element, float or BFloat16. With floats as factors it is widened as it is gathered or packed,
+// all products and sums are float32, and each result is rounded once. With pairs as factors hidden units and gradients of
+// pre-activations are rounded as well, where a product takes them up.
 //
 // m rows of one expert, D hidden size, F expert intermediate size.
 #pragma once
@@ -24,13 +24,14 @@ constexpr int64_t if_rounded(int64_t floats) {
   return std::is_same_v<Element, float> ? 0 : floats;
 }
 
-template <class Element>
+template <class Element, class Factor>
 BufferSizes buffer_sizes(int64_t m, int64_t D, int64_t F) {
   const int64_t few = smaller<int64_t>(m, few_rows) * (D + 2 * F);
-  const int64_t forward = blocked_size(m, 1) + blocked_size(m, F) + panel_size + F + if_rounded<Element>(m * 2 * F);
+  const int64_t forward =
+      blocked_size(m, 1) + blocked_size<Factor>(m, F) + panel_size + F + if_rounded<Element>(m * 2 * F);
   const int64_t backward = blocked_size(m, 1) + m * F + panel_size + 3 * F;
   const int64_t gradients = blocked_size(m, 1) + panels_size(m, D);
-  return {larger(larger(few, forward), larger(backward, gradients)), panels_size(m, F), blocked_size(m, 2 * F)};
+  return {larger(larger(few, forward), larger(backward, gradients)), panels_size(m, F), blocked_size<Factor>(m, 2 * F)};
 }
 
 template <class Element>
@@ -49,8 +50,8 @@ void activate_row(const Activation& activation, float weight, const float* gate,
 }
 
 // Weighted hidden units of m rows of pre-activations (m, 2F), as a blocked matrix. `row` has room for F floats.
-template <class Activation>
-void activate(const moesaic_experts& experts, RowRange rows, const float* pre_activations, float* hidden, float* row) {
+template <class Activation, class Factor>
+void activate(const moesaic_experts& experts, RowRange rows, const float* pre_activations, Factor* hidden, float* row) {
   const Activation activation(experts);
   const int64_t F = experts.intermediate_size;
   for (int64_t i = 0; i < rows.count; ++i) {
@@ -69,38 +70,39 @@ void add_down_bias(const moesaic_experts& experts, RowRange rows, ColumnRange co
   }
 }
 
-template <class Element>
+template <class Element, class Factor>
 void forward_rows(const moesaic_experts& experts, RowRange rows, void* all_pre_activations, float* rows_out,
                   float* scratch) {
   const int64_t D = experts.hidden_size, F = experts.intermediate_size, m = rows.count;
-  float* const panel = scratch;
-  float* const block = panel + panel_size;
-  float* const hidden = block + blocked_size(m, 1);
-  float* const row = hidden + blocked_size(m, F);
+  Factor* const panel = as<Factor>(scratch);
+  Factor* const block = panel + panel_size;
+  Factor* const hidden = block + blocked_size(m, 1);
+  float* const row = as<float>(hidden + blocked_size<Factor>(m, F));
   Element* const kept = as<Element>(all_pre_activations) + rows.first * 2 * F;
   float* pre_activations = row + F;
   if constexpr (std::is_same_v<Element, float>) pre_activations = kept;
   float* const out = rows_out + rows.first * D;
   const int32_t* const tokens = experts.plan.tokens + rows.first;
 
-  const Right<Element> gate_up{as<Element>(experts.gate_up) + rows.expert * 2 * F * D, D, true};
+  const Right<Element, Factor> gate_up{as<Element>(experts.gate_up) + rows.expert * 2 * F * D, D, true};
   if (experts.gate_up_bias) {
     fill_rows(as<Element>(experts.gate_up_bias) + rows.expert * 2 * F, m, 2 * F, pre_activations);
   }
-  for (int64_t start = 0; start < D; start += block_width) {
-    const int64_t width = width_of_block(D, start);
+  for (int64_t start = 0; start < D; start += block_numbers<Factor>) {
+    const int64_t width = width_of_block<Factor>(D, start);
     gather_block(as<Element>(experts.x), D, tokens, m, start, width, block);
     multiply(block, m, width, gate_up.from(start, 0), 2 * F,
              Into<float>{pre_activations, 2 * F, experts.gate_up_bias || start > 0}, panel);
   }
   if constexpr (!std::is_same_v<Element, float>) copy_floats(pre_activations, m * 2 * F, kept);
 
-  const auto run = experts.activation == MOESAIC_SWIGLU ? activate<Swiglu> : activate<ClampedSwiglu>;
+  const bool swiglu = experts.activation == MOESAIC_SWIGLU;
+  const auto run = swiglu ? activate<Swiglu, Factor> : activate<ClampedSwiglu, Factor>;
   run(experts, rows, pre_activations, hidden, row);
 
-  const Right<Element> down{as<Element>(experts.down) + rows.expert * D * F, F, true};
-  for (int64_t start = 0; start < F; start += block_width) {
-    multiply(hidden + start / block_width * m * block_stride, m, width_of_block(F, start), down.from(start, 0), D,
+  const Right<Element, Factor> down{as<Element>(experts.down) + rows.expert * D * F, F, true};
+  for (int64_t start = 0; start < F; start += block_numbers<Factor>) {
+    multiply(hidden + block_at<Factor>(start, m), m, width_of_block<Factor>(F, start), down.from(start, 0), D,
              Into<float>{out, D, start > 0}, panel);
   }
   add_down_bias<Element>(experts, rows, {0, D}, out);
@@ -156,59 +158,62 @@ void few_outputs(const moesaic_experts& experts, RowRange rows, ColumnRange outp
 // From pre-activations (m, 2F) and the gradients (m, F) of the hidden units of a row of weight 1: weighted hidden units
 // as a right factor, gradients of the pre-activations as a blocked matrix, gradients of the rows' weights. `row` has room
 // for 3F floats.
-template <class Activation, class Element>
+template <class Activation, class Element, class Factor>
 void activate_back(const moesaic_experts& experts, RowRange rows, const Element* pre_activations,
-                   const float* grad_hidden, float* grad_row_weights, float* hidden, float* grad_gate_up, float* row) {
+                   const float* grad_hidden, float* grad_row_weights, Factor* hidden, Factor* grad_gate_up, float* row) {
   const Activation activation(experts);
   const int64_t F = experts.intermediate_size;
-  float* const hidden_row = row + 2 * F;
-  const Parts sums(rows.count, most_steps);
-  for (int64_t s = 0; s < sums.number; ++s) {
-    float* const panels = hidden + sums.start(s) * round_up(F, panel_width);
-    for (int64_t p = 0; p < sums.size(s); ++p) {
-      const int64_t i = sums.start(s) + p;
-      const Vector weight = Vector::fill(weight_of(experts, rows.first + i));
-      const Element* const gate = pre_activations + i * 2 * F;
-      Vector total = Vector::fill(0.0f);
-      for_each_vector(F, [&](int64_t j, int some) {
-        const Hidden h = activation(load(gate + j, some), load(gate + F + j, some));
-        const Vector grad = load(grad_hidden + i * F + j, some), weighted = grad * weight;
-        total = multiply_add(grad, h.value, total);
-        store(h.value * weight, hidden_row + j, some);
-        store(weighted * h.gate_slope, row + j, some);
-        store(weighted * h.up_slope, row + F + j, some);
-      });
-      grad_row_weights[experts.plan.assignments[rows.first + i]] = total.sum();
-      store_blocked_row(row, 2 * F, rows.count, grad_gate_up + i * block_stride);
-      store_panels_row(hidden_row, F, sums.size(s), panels + p * panel_width);
-    }
-  }
+  const auto back = [&](int64_t i, auto* hidden_row) {
+    const Vector weight = Vector::fill(weight_of(experts, rows.first + i));
+    const Element* const gate = pre_activations + i * 2 * F;
+    Vector total = Vector::fill(0.0f);
+    for_each_vector(F, [&](int64_t j, int some) {
+      const Hidden h = activation(load(gate + j, some), load(gate + F + j, some));
+      const Vector grad = load(grad_hidden + i * F + j, some), weighted = grad * weight;
+      total = multiply_add(grad, h.value, total);
+      store(h.value * weight, hidden_row + j, some);
+      store(weighted * h.gate_slope, row + j, some);
+      store(weighted * h.up_slope, row + F + j, some);
+    });
+    grad_row_weights[experts.plan.assignments[rows.first + i]] = total.sum();
+    store_blocked_row(row, 2 * F, rows.count, grad_gate_up + i * block_stride);
+  };
+  const SumParts<Factor> sums(rows.count);
+  auto* const hidden_row = numbers_of(as<Factor>(row + 2 * F));
+  auto* const second_row = hidden_row + F;
+  for_each_step<Factor>(rows.count, [&](int64_t s, int64_t p, int64_t i, int64_t second) {
+    back(i, hidden_row);
+    if (second >= 0) back(second, second_row);
+    store_panels_row(hidden_row, second < 0 ? nullptr : second_row, F, sums.steps(s),
+                     hidden + sums.first_step(s) * round_up(F, panel_width) + p * panel_width);
+  });
 }
 
-template <class Element>
+template <class Element, class Factor>
 void backward_rows(const moesaic_experts& experts, RowRange rows, const void* all_pre_activations,
-                   const void* all_grad_y, float* grad_row_weights, float* rows_out, float* hidden, float* grad_gate_up,
+                   const void* all_grad_y, float* grad_row_weights, float* rows_out, void* hidden, void* grad_gate_up_,
                    float* scratch) {
   const int64_t D = experts.hidden_size, F = experts.intermediate_size, m = rows.count;
-  float* const panel = scratch;
-  float* const block = panel + panel_size;
-  float* const grad_hidden = block + blocked_size(m, 1);
+  Factor* const grad_gate_up = as<Factor>(grad_gate_up_);
+  Factor* const panel = as<Factor>(scratch);
+  Factor* const block = panel + panel_size;
+  float* const grad_hidden = as<float>(block + blocked_size(m, 1));
   float* const row = grad_hidden + m * F;
   float* const out = rows_out + rows.first * D;
   const Element* const pre_activations = as<Element>(all_pre_activations) + rows.first * 2 * F;
   const Element* const grad_y = as<Element>(all_grad_y);
   const int32_t* const tokens = experts.plan.tokens + rows.first;
 
-  const Right<Element> down{as<Element>(experts.down) + rows.expert * D * F, F, false};
-  for (int64_t start = 0; start < D; start += block_width) {
-    const int64_t width = width_of_block(D, start);
+  const Right<Element, Factor> down{as<Element>(experts.down) + rows.expert * D * F, F, false};
+  for (int64_t start = 0; start < D; start += block_numbers<Factor>) {
+    const int64_t width = width_of_block<Factor>(D, start);
     gather_block(grad_y, D, tokens, m, start, width, block);
     multiply(block, m, width, down.from(start, 0), F, Into<float>{grad_hidden, F, start > 0}, panel);
   }
 
   const bool swiglu = experts.activation == MOESAIC_SWIGLU;
-  const auto back = swiglu ? activate_back<Swiglu, Element> : activate_back<ClampedSwiglu, Element>;
-  back(experts, rows, pre_activations, grad_hidden, grad_row_weights, hidden, grad_gate_up, row);
+  const auto back = swiglu ? activate_back<Swiglu, Element, Factor> : activate_back<ClampedSwiglu, Element, Factor>;
+  back(experts, rows, pre_activations, grad_hidden, grad_row_weights, as<Factor>(hidden), grad_gate_up, row);
   if (experts.down_bias) {
     const Element* const bias = as<Element>(experts.down_bias) + rows.expert * D;
     for (int64_t i = 0; i < m; ++i) {
@@ -216,10 +221,10 @@ void backward_rows(const moesaic_experts& experts, RowRange rows, const void* al
     }
   }
 
-  const Right<Element> gate_up{as<Element>(experts.gate_up) + rows.expert * 2 * F * D, D, false};
-  for (int64_t start = 0; start < 2 * F; start += block_width) {
-    multiply(grad_gate_up + start / block_width * m * block_stride, m, width_of_block(2 * F, start),
-             gate_up.from(start, 0), D, Into<float>{out, D, start > 0}, panel);
+  const Right<Element, Factor> gate_up{as<Element>(experts.gate_up) + rows.expert * 2 * F * D, D, false};
+  for (int64_t start = 0; start < 2 * F; start += block_numbers<Factor>) {
+    multiply(grad_gate_up + block_at<Factor>(start, m), m, width_of_block<Factor>(2 * F, start), gate_up.from(start, 0),
+             D, Into<float>{out, D, start > 0}, panel);
   }
 }
 
@@ -235,16 +240,16 @@ void add_up(Element* result, float* sums, int64_t count, Turn turn, Add add) {
 }
 
 // `sums` has 2F + D floats where the results are rounded.
-template <class Element>
-void bias_gradients(const moesaic_experts& experts, RowRange rows, const Element* grad_y, const float* grad_gate_up,
+template <class Element, class Factor>
+void bias_gradients(const moesaic_experts& experts, RowRange rows, const Element* grad_y, const Factor* grad_gate_up,
                     Turn turn, const moesaic_expert_gradients& gradients, float* sums) {
   const int64_t D = experts.hidden_size, F = experts.intermediate_size, m = rows.count;
   if (gradients.gate_up_bias) {
     add_up(as<Element>(gradients.gate_up_bias) + rows.expert * 2 * F, sums, 2 * F, turn, [&](float* to) {
-      for (int64_t start = 0; start < 2 * F; start += block_width) {
-        const float* const block = grad_gate_up + start / block_width * m * block_stride;
+      for (int64_t start = 0; start < 2 * F; start += block_numbers<Factor>) {
+        const Factor* const block = grad_gate_up + block_at<Factor>(start, m);
         for (int64_t i = 0; i < m; ++i) {
-          add_scaled(block + i * block_stride, 1.0f, width_of_block(2 * F, start), to + start);
+          add_scaled(numbers_of(block + i * block_stride), 1.0f, width_of_block<Factor>(2 * F, start), to + start);
         }
       }
     });
@@ -272,13 +277,28 @@ Into<Element> into_gradient(Element* gradient, int64_t stride, float* sums, int6
   }
 }
 
-template <class Element>
-void weight_gradients(const moesaic_experts& experts, RowRange rows, const void* all_grad_y, const float* hidden,
-                      const float* grad_gate_up, ColumnRange gate_up_columns, ColumnRange down_columns, Turn turn,
+// Columns start .. start + width - 1 of a blocked matrix (m, any), to be multiplied as columns: where they stand, or for
+// pairs in `block`.
+template <class Factor>
+const Factor* transposable(const Factor* matrix, int64_t m, int64_t start, int64_t width, Factor* block) {
+  if constexpr (std::is_same_v<Factor, float>) {
+    return matrix + block_at(start, m);
+  } else {
+    const auto* const from = numbers_of(matrix + block_at<Factor>(start, m)) + start % block_numbers<Factor>;
+    constexpr int64_t stride = block_stride * numbers_per<Factor>;
+    gather_transposable(m, width, [&](int64_t row) { return from + row * stride; }, block);
+    return block;
+  }
+}
+
+template <class Element, class Factor>
+void weight_gradients(const moesaic_experts& experts, RowRange rows, const void* all_grad_y, const void* hidden,
+                      const void* grad_gate_up_, ColumnRange gate_up_columns, ColumnRange down_columns, Turn turn,
                       const moesaic_expert_gradients& gradients, float* sums, float* scratch) {
   const int64_t D = experts.hidden_size, F = experts.intermediate_size, m = rows.count;
-  float* const block = scratch;
-  float* const panels = block + blocked_size(m, 1);
+  const Factor* const grad_gate_up = as<Factor>(grad_gate_up_);
+  Factor* const block = as<Factor>(scratch);
+  Factor* const panels = block + blocked_size(m, 1);
   float* const gate_up_sums = sums + if_rounded<Element>(2 * F + D);
   float* const down_sums = gate_up_sums + if_rounded<Element>(2 * F * gate_up_columns.count);
   const Element* const grad_y = as<Element>(all_grad_y);
@@ -288,8 +308,9 @@ void weight_gradients(const moesaic_experts& experts, RowRange rows, const void*
     Element* const to = as<Element>(gradients.gate_up) + rows.expert * 2 * F * D + gate_up_columns.first;
     gather_panels(as<Element>(experts.x), D, tokens, m, gate_up_columns, panels);
     for (int64_t start = 0; start < 2 * F; start += block_width) {
-      multiply_transposed(grad_gate_up + start / block_width * m * block_stride, m, width_of_block(2 * F, start), panels,
-                          gate_up_columns.count, {0, gate_up_columns.count},
+      const int64_t width = width_of_block(2 * F, start);
+      multiply_transposed(transposable(grad_gate_up, m, start, width, block), m, width, panels, gate_up_columns.count,
+                          {0, gate_up_columns.count},
                           into_gradient(to, D, gate_up_sums, gate_up_columns.count, start, turn));
     }
     if (gate_up_columns.first == 0) bias_gradients(experts, rows, grad_y, grad_gate_up, turn, gradients, sums);
@@ -298,8 +319,8 @@ void weight_gradients(const moesaic_experts& experts, RowRange rows, const void*
     Element* const to = as<Element>(gradients.down) + rows.expert * D * F + down_columns.first;
     for (int64_t start = 0; start < D; start += block_width) {
       const int64_t width = width_of_block(D, start);
-      gather_block(grad_y, D, tokens, m, start, width, block);
-      multiply_transposed(block, m, width, hidden, F, down_columns,
+      gather_transposable(m, width, [&](int64_t row) { return grad_y + tokens[row] * D + start; }, block);
+      multiply_transposed(block, m, width, as<Factor>(hidden), F, down_columns,
                           into_gradient(to, F, down_sums, down_columns.count, start, turn));
     }
   }
@@ -327,20 +348,16 @@ void sum_rows(const moesaic_experts& experts, const float* rows, int64_t first, 
   }
 }
 
-template <class Element>
-constexpr ExpertKernels kernels_of() {
-  return {int(sizeof(Element)),
-          panel_width,
-          buffer_sizes<Element>,
-          sums_size<Element>,
-          forward_rows<Element>,
-          few_hidden<Element>,
-          few_outputs<Element>,
-          backward_rows<Element>,
-          weight_gradients<Element>,
-          sum_rows<Element>};
-}
-
-constexpr ExpertKernelsByElement expert_kernels{kernels_of<float>(), kernels_of<BFloat16>()};
+template <class Element, class Factor = float>
+constexpr ExpertKernels expert_kernels{int(sizeof(Element)),
+                                       panel_width,
+                                       buffer_sizes<Element, Factor>,
+                                       sums_size<Element>,
+                                       forward_rows<Element, Factor>,
+                                       few_hidden<Element>,
+                                       few_outputs<Element>,
+                                       backward_rows<Element, Factor>,
+                                       weight_gradients<Element, Factor>,
+                                       sum_rows<Element>};
 
 }  // namespace

@@ -4,7 +4,8 @@
 // Arrays of `void` are of the layer's element type. bfloat16 is widened to float32, in which all products and sums are
 // computed, and every output and gradient is rounded once, to the nearest; so the sums of a weight's gradient are complete
 // before they are rounded. The pre-activations that the backward pass reads are rounded as well: half the memory, and an
-// error as small as that of rounding the gradients themselves.
+// error as small as that of rounding the gradients themselves. Where the CPU multiplies pairs of bfloat16 itself, with sums
+// in float32, the hidden units and the gradients of the pre-activations are rounded before they are multiplied.
 //
 // T tokens, N assignments (one row of expert work each), E experts, D hidden size, F expert intermediate size.
 //
@@ -83,8 +84,9 @@ typedef struct {
 int moesaic_experts_backward(const moesaic_experts* experts, int threads, const char* instruction_set,
                              const void* pre_activations, const void* grad_y, moesaic_expert_gradients* gradients);
 
-// The instruction sets that expert kernels are built for and this machine runs, the best first, ended by NULL.
-const char* const* moesaic_expert_kernels(void);
+// The instruction sets that kernels for this moesaic_element are built for and this machine runs, the best first, ended by
+// NULL.
+const char* const* moesaic_expert_kernels(int32_t element);
 
 #ifdef __cplusplus
 }

@@ -14,6 +14,7 @@ class KernelChoice {
   struct Built {
     const char* instruction_set;
     const Kernels* (*kernels)();  // returns NULL where the compiler could not build them
+    const char* name = instruction_set;
   };
 
   // `all` stand in the order of preference. None is asked for its kernels before the CPU is known to have its
@@ -24,15 +25,16 @@ class KernelChoice {
       const Kernels* const kernels = one.kernels();
       if (!kernels) continue;
       kernels_.push_back(kernels);
-      names_.push_back(one.instruction_set);
+      names_.push_back(one.name);
     }
     names_.push_back(nullptr);
   }
 
-  // Those of this instruction set, the best for NULL or "". NULL when this machine or build lacks it.
-  const Kernels* named(const char* instruction_set) const {
+  // Those of this name, which is that of the instruction set; the best for NULL or "". NULL when this machine or build
+  // lacks them.
+  const Kernels* named(const char* name) const {
     for (size_t i = 0; i < kernels_.size(); ++i) {
-      if (!instruction_set || !*instruction_set || !std::strcmp(names_[i], instruction_set)) return kernels_[i];
+      if (!name || !*name || !std::strcmp(names_[i], name)) return kernels_[i];
     }
     return nullptr;
   }

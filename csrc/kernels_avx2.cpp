@@ -14,11 +14,13 @@ constexpr int dot_rows = 2;  // times dot_columns sums, and as many of the matri
 #include "muon_math.h"
 #include "step_math.h"
 
-const ExpertKernelsByElement* moesaic_expert_kernels_avx2() { return &expert_kernels; }
+const ExpertKernels* moesaic_float_kernels_avx2() { return &expert_kernels<float>; }
+const ExpertKernels* moesaic_bfloat16_kernels_avx2() { return &expert_kernels<BFloat16>; }
 const MuonKernels* moesaic_muon_kernels_avx2() { return &muon_kernels; }
 const StepKernels* moesaic_step_kernels_avx2() { return &step_kernels; }
 #else
-const ExpertKernelsByElement* moesaic_expert_kernels_avx2() { return nullptr; }
+const ExpertKernels* moesaic_float_kernels_avx2() { return nullptr; }
+const ExpertKernels* moesaic_bfloat16_kernels_avx2() { return nullptr; }
 const MuonKernels* moesaic_muon_kernels_avx2() { return nullptr; }
 const StepKernels* moesaic_step_kernels_avx2() { return nullptr; }
 #endif

@@ -4,7 +4,8 @@
 #include "step_kernels.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-#include "vector_avx512.h"
+#include "pairs_avx512.h"
+#include "pairs.h"
 
 namespace {
 constexpr int tile_rows = 14, tile_vectors = 2;  // 28 sums, 2 of the right factor and 1 of the left in 32 registers
@@ -14,11 +15,15 @@ constexpr int dot_rows = 4;  // times dot_columns sums, and as many of the matri
 #include "muon_math.h"
 #include "step_math.h"
 
-const ExpertKernelsByElement* moesaic_expert_kernels_avx512() { return &expert_kernels; }
+const ExpertKernels* moesaic_float_kernels_avx512() { return &expert_kernels<float>; }
+const ExpertKernels* moesaic_bfloat16_kernels_avx512() { return &expert_kernels<BFloat16>; }
+const ExpertKernels* moesaic_bfloat16_kernels_avx512_pairs() { return &expert_kernels<BFloat16, Pair>; }
 const MuonKernels* moesaic_muon_kernels_avx512() { return &muon_kernels; }
 const StepKernels* moesaic_step_kernels_avx512() { return &step_kernels; }
 #else
-const ExpertKernelsByElement* moesaic_expert_kernels_avx512() { return nullptr; }
+const ExpertKernels* moesaic_float_kernels_avx512() { return nullptr; }
+const ExpertKernels* moesaic_bfloat16_kernels_avx512() { return nullptr; }
+const ExpertKernels* moesaic_bfloat16_kernels_avx512_pairs() { return nullptr; }
 const MuonKernels* moesaic_muon_kernels_avx512() { return nullptr; }
 const StepKernels* moesaic_step_kernels_avx512() { return nullptr; }
 #endif

@@ -12,6 +12,7 @@ constexpr int dot_rows = 2;
 #include "muon_math.h"
 #include "step_math.h"
 
-const ExpertKernelsByElement* moesaic_expert_kernels_portable() { return &expert_kernels; }
+const ExpertKernels* moesaic_float_kernels_portable() { return &expert_kernels<float>; }
+const ExpertKernels* moesaic_bfloat16_kernels_portable() { return &expert_kernels<BFloat16>; }
 const MuonKernels* moesaic_muon_kernels_portable() { return &muon_kernels; }
 const StepKernels* moesaic_step_kernels_portable() { return &step_kernels; }

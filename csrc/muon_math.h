@@ -14,9 +14,6 @@ namespace {
 
 static_assert(muon_largest_side <= block_width, "a Gram matrix is one block");
 
-// Where the block of a blocked matrix (s, any) stands whose first column is `start`.
-inline int64_t block_at(int64_t start, int64_t s) { return start / block_width * s * block_stride; }
-
 struct MatrixSize {
   int64_t rows, columns;
   bool is_tall() const { return rows > columns; }

@@ -48,7 +48,7 @@ int packed_experts_forward(nb::tuple described, int64_t num_tokens, int64_t num_
 }  // namespace
 
 void bind_packed(nb::module_& module) {
-  module.def("packed_kernels", &list_of<moesaic_packed_kernels>,
+  module.def("packed_kernels", [] { return list_of(moesaic_packed_kernels()); },
              "Instruction sets whose packed kernels run here, the best first.");
   module.def("packed_bytes", &moesaic_packed_bytes, nb::arg("rows"), nb::arg("columns"), nb::arg("group_size"),
              nb::arg("bits"), "Bytes of one packed matrix.");

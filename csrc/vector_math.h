@@ -3,7 +3,9 @@
 #pragma once
 
 #include <stdint.h>
+#include <string.h>
 
+#include "bfloat16.h"
 #include "sizes.h"
 
 namespace {
@@ -32,6 +34,10 @@ inline void store(Vector vector, Element* to, int some) {
 template <class From, class To>
 inline void copy_floats(const From* from, int64_t count, To* to) {
   for_each_vector(count, [&](int64_t j, int some) { store(load(from + j, some), to + j, some); });
+}
+
+inline void copy_floats(const BFloat16* from, int64_t count, BFloat16* to) {
+  memcpy(to, from, size_t(count) * sizeof *from);
 }
 
 template <class Element>

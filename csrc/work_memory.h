@@ -14,6 +14,25 @@
 #include <sys/mman.h>
 #endif
 
+// Starts at a multiple of `alignment`, so that vectors do not reach from one line of the cache into the next. NULL when
+// there is none.
+inline void* allocate_aligned(size_t bytes, size_t alignment) {
+#if defined(_WIN32)
+  return _aligned_malloc(bytes, alignment);
+#else
+  void* data = nullptr;
+  return posix_memalign(&data, alignment, bytes) ? nullptr : data;
+#endif
+}
+
+inline void free_aligned(void* data) {
+#if defined(_WIN32)
+  _aligned_free(data);
+#else
+  std::free(data);
+#endif
+}
+
 // Memory that is kept from call to call, so that it need not be faulted in again.
 class Buffer {
  public:
@@ -23,37 +42,22 @@ class Buffer {
     if (floats > capacity_) {
       constexpr size_t page = 2 << 20;
       const size_t bytes = (size_t(floats) * sizeof(float) + page - 1) / page * page;
-      data_.reset(static_cast<float*>(allocate(bytes)));
+      data_.reset(static_cast<float*>(allocate(bytes, page)));
       capacity_ = data_ ? int64_t(bytes / sizeof(float)) : 0;
     }
     return data_.get();
   }
 
  private:
-  struct Free {
-    void operator()(float* data) const {
-#if defined(_WIN32)
-      _aligned_free(data);
-#else
-      std::free(data);
-#endif
-    }
-  };
-
-  static void* allocate(size_t bytes) {
-#if defined(_WIN32)
-    return _aligned_malloc(bytes, 2 << 20);
-#else
-    void* data = nullptr;
-    if (posix_memalign(&data, 2 << 20, bytes)) return nullptr;
+  static void* allocate(size_t bytes, size_t page) {
+    void* const data = allocate_aligned(bytes, page);
 #if defined(__linux__)
-    madvise(data, bytes, MADV_HUGEPAGE);
+    if (data) madvise(data, bytes, MADV_HUGEPAGE);
 #endif
     return data;
-#endif
   }
 
-  std::unique_ptr<float, Free> data_;
+  std::unique_ptr<float, void (*)(void*)> data_{nullptr, free_aligned};
   int64_t capacity_ = 0;
 };
 
@@ -86,5 +90,6 @@ bool parallel_with_scratch(int threads, int64_t num_tasks, int64_t scratch_size,
 // Memory of one call, or NULL.
 using Temporary = std::unique_ptr<float[], void (*)(void*)>;
 inline Temporary temporary(int64_t floats) {
-  return {static_cast<float*>(std::malloc(size_t(std::max<int64_t>(floats, 1)) * sizeof(float))), std::free};
+  constexpr size_t line = 64;
+  return {static_cast<float*>(allocate_aligned(size_t(std::max<int64_t>(floats, 1)) * sizeof(float), line)), free_aligned};
 }

@@ -225,7 +225,8 @@ void expect_right(const Layer& l, const Results<double>& oracle, const Results<d
   const double epsilons = l.narrow ? 10 / 128. : 20 / 8388608.;
   const double longest_sum = double(std::max({l.T, l.D, 2 * l.F}));
   const double tolerance = epsilons * std::sqrt(std::fmax(1, longest_sum / 64));
-  for (const char* const* name = moesaic_expert_kernels(); *name; ++name) {
+  const int32_t element = l.narrow ? MOESAIC_BFLOAT16 : MOESAIC_FLOAT32;
+  for (const char* const* name = moesaic_expert_kernels(element); *name; ++name) {
     const auto ours = computed<Element>(l, 1 + int(below(4)), *name);
     const std::string where = std::string(*name) + ", " + l.name();
     const auto compare = [&](const auto& one, const Numbers& expected, const Numbers& squared, const char* what) {

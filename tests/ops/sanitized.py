@@ -16,7 +16,12 @@ SANITIZERS = ["address,undefined", "thread"]
 _CSRC = Path(__file__).parents[2] / "csrc"
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-_FLAGS_BY_ENDING = {"_avx2": _AVX2, "_avx512": _AVX512, "_avx512_vnni": [*_AVX512, "-mavx512vnni"]}
+_FLAGS_BY_ENDING = {
+    "_avx2": _AVX2,
+    "_avx512": _AVX512,
+    "_avx512_bf16": [*_AVX512, "-mavx512bf16"],
+    "_avx512_vnni": [*_AVX512, "-mavx512vnni"],
+}
 _KERNELS = tempfile.TemporaryDirectory(prefix="moesaic-kernels-")  # removed when this process ends
 
 

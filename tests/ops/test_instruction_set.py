@@ -85,10 +85,15 @@ def test_status_of_the_kernels_says_why_no_faster_ones_run(monkeypatch: pytest.M
     features = dict.fromkeys(subject.cpu_features(), True)
     status, native = subject.expert_kernels_status(), subject.native_module()
     assert native is not None
-    assert status.split(";")[0] == native.expert_kernels()[0]
-    monkeypatch.setattr(native, "expert_kernels", lambda: ["portable"])
-    monkeypatch.setattr(native, "cpu_features", lambda: {**features, "fma": False, "avx512bw": False})
-    expected = "portable; avx512f not: this CPU lacks avx512bw, fma; avx2 not: this CPU lacks fma"
-    assert subject.expert_kernels_status() == expected
+    assert status.partition(";")[0].partition(",")[0] == native.expert_kernels()["bfloat16"][0]
+    usable = {"float32": ["portable"], "bfloat16": ["portable"]}
+    monkeypatch.setattr(native, "expert_kernels", lambda: usable)
+    monkeypatch.setattr(native, "cpu_features", lambda: {**features, "fma": False, "avx512_bf16": False})
+    assert subject.expert_kernels_status() == (
+        "portable; avx512_bf16 not: this CPU lacks avx512_bf16, fma; avx512f not: this CPU lacks fma; "
+        "avx2 not: this CPU lacks fma"
+    )
     monkeypatch.setattr(native, "cpu_features", lambda: features)
     assert "avx2 not: the compiler could not build it" in subject.expert_kernels_status()
+    usable = {"float32": ["avx512f"], "bfloat16": ["avx512_bf16", "avx512f"]}
+    assert subject.expert_kernels_status() == "avx512_bf16, avx512f for float32"

@@ -23,6 +23,9 @@ from .expert_cases import EXPERTS, TOLERANCE, Case, Compute, assert_equals_refer
 from .sanitized import COMPILER, SANITIZERS, run_sanitized
 
 SETS = native_instruction_sets()
+SETS_OF_BFLOAT16 = native_instruction_sets(torch.bfloat16)
+PAIRS = ("avx512_bf16", "avx512f_pairs")
+"""Those that multiply pairs of bfloat16, for which more than the results is rounded."""
 SIZES = {
     "smaller than a register": {"T": 5, "E": 3, "K": 2, "D": 3, "F": 1},
     "one of everything": {"T": 1, "E": 1, "K": 1, "D": 1, "F": 1},
@@ -39,6 +42,14 @@ SIZES = {
 }
 
 needs_kernels = pytest.mark.skipif(not SETS, reason="the native kernels are not built")
+every_kernel = pytest.mark.parametrize(
+    ("dtype", "instruction_set"),
+    [
+        pytest.param(dtype, name, id=f"{dtype}-{name}")
+        for dtype in NATIVE_DTYPES
+        for name in native_instruction_sets(dtype)
+    ],
+)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
@@ -57,12 +68,13 @@ def shuffled(case: Case) -> Case:
 def test_this_machine_can_force_every_path_below_its_best() -> None:
     assert SETS[-1] == "portable"
     assert [name for name in ("avx512f", "avx2", "portable") if name in SETS] == SETS
+    assert [name for name in SETS_OF_BFLOAT16 if name not in PAIRS] == SETS
+    assert ("avx512f_pairs" in SETS_OF_BFLOAT16) == ("avx512f" in SETS)
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
-@pytest.mark.parametrize("instruction_set", SETS)
+@every_kernel
 def test_outputs_and_gradients_equal_the_float64_reference(
     instruction_set: str, dtype: torch.dtype, name: str, experts: str
 ) -> None:
@@ -74,7 +86,7 @@ def test_outputs_and_gradients_equal_the_float64_reference(
 
 
 @pytest.mark.parametrize("name", ["an expert of several chunks", "several blocks", *(n for n in SIZES if "few" in n)])
-@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("instruction_set", [name for name in SETS_OF_BFLOAT16 if name not in PAIRS])
 def test_bfloat16_is_float32_rounded_once(instruction_set: str, name: str) -> None:
     """Bitwise, given numbers whose pre-activations are exact in bfloat16, as the clamped ones are."""
     one_expert = SIZES[name]["E"] > 1 and bool(torch.rand(()) < 0.5)
@@ -89,7 +101,7 @@ def test_bfloat16_is_float32_rounded_once(instruction_set: str, name: str) -> No
 
 @pytest.mark.parametrize("T", [3, 40], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("D", [1, 35])
-@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("instruction_set", SETS_OF_BFLOAT16)
 def test_every_float_is_rounded_as_torch_rounds_it(instruction_set: str, D: int, T: int) -> None:
     """Of any bits, NaN too: an expert that is nothing but a bias of 1, times the weight of the row."""
     row_weights = torch.randint(-(2**31), 2**31, (T,)).int().view(torch.float32)
@@ -102,8 +114,7 @@ def test_every_float_is_rounded_as_torch_rounds_it(instruction_set: str, D: int,
     torch.testing.assert_close(y_TD, expected_TD, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", NATIVE_DTYPES, ids=str)
-@pytest.mark.parametrize("instruction_set", SETS)
+@every_kernel
 def test_results_repeat_bitwise_on_any_number_of_threads(instruction_set: str, dtype: torch.dtype) -> None:
     """Also where one expert has so many rows that several threads share it, and where some have only a few."""
     sizes = {"T": 1000, "E": 6, "K": 2, "D": 70, "F": 45}

@@ -21,15 +21,16 @@ _FEATURES = (
 )  # fmt: skip
 _AVX512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _FEATURES_OF_LEVEL = {
+    "avx512_bf16": {*_AVX512, "avx512_vnni", "avx512_bf16"},
     "avx512_vnni": {*_AVX512, "avx512_vnni"},
     "avx512f": _AVX512,
     "avx2": {"avx2", "fma", "f16c"},
     "neon": {"neon"},
     "portable": set(),
 }
-_INTERFACE = 2
+_INTERFACE = 3
 """Of the native module, as csrc/bindings.cpp counts it: both rise when a function or its arguments change."""
-_LEVELS_OF_EXPERTS = ("avx512f", "avx2", "portable")
+_LEVELS_OF_EXPERTS = ("avx512_bf16", "avx512f", "avx2", "portable")
 _LEVELS_OF_PACKED = ("avx512_vnni", "avx2", "portable")
 
 
@@ -89,23 +90,32 @@ def native_status() -> str:
 def expert_kernels_status() -> str:
     """One line: the instruction set that the experts' kernels run on, and why it is none of the faster ones."""
     native = native_module()
-    return native_status() if native is None else _why_not_faster(native, native.expert_kernels(), _LEVELS_OF_EXPERTS)
+    if native is None:
+        return native_status()
+    usable = native.expert_kernels()
+    running, *reasons = _why_not_faster(native, usable["bfloat16"], _LEVELS_OF_EXPERTS)
+    if usable["float32"][0] != running:
+        running += f", {usable['float32'][0]} for float32"
+    return "; ".join([running, *reasons])
 
 
 def packed_kernels_status() -> str:
     """The same of the kernels for packed weights."""
     native = native_module()
-    return native_status() if native is None else _why_not_faster(native, native.packed_kernels(), _LEVELS_OF_PACKED)
+    if native is None:
+        return native_status()
+    return "; ".join(_why_not_faster(native, native.packed_kernels(), _LEVELS_OF_PACKED))
 
 
-def _why_not_faster(native: ModuleType, usable: list[str], levels: tuple[str, ...]) -> str:
+def _why_not_faster(native: ModuleType, usable: list[str], levels: tuple[str, ...]) -> list[str]:
+    """The first of `usable`, and why it is not one of the faster levels, in words for each."""
     running, features = usable[0], native.cpu_features()
     reasons = []
     for level in itertools.takewhile(lambda level: level != running, levels):
         lacking = sorted(name for name in _FEATURES_OF_LEVEL[level] if not features[name])
         why = f"this CPU lacks {', '.join(lacking)}" if lacking else "the compiler could not build it"
         reasons.append(f"{level} not: {why}")
-    return "; ".join([running, *reasons])
+    return [running, *reasons]
 
 
 def _reinstall_command() -> str:

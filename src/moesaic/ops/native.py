@@ -6,10 +6,12 @@ Forward gathers, multiplies, activates and sums without leaving the cache, and k
 recomputes the activation and takes the gradient of a row's weight from the hidden units, as `grouped` does (SonicMoE,
 arXiv 2512.14080). Results repeat bitwise, whatever the number of threads.
 
-float32, or bfloat16 with products and sums in float32: then the outputs, the gradients and the kept pre-activations are
-rounded, once. Row weights and their gradient are float32 in both.
+float32, or bfloat16 with sums in float32: then the outputs, the gradients and the kept pre-activations are rounded,
+once. So are the hidden units and the gradients of pre-activations where the CPU multiplies pairs of bfloat16 itself;
+elsewhere products are float32 too. Row weights and their gradient are always float32.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ _MOST_ROWS = 2**31 - 1
 def native_experts(x: Tensor, routing: Routing, weights: ExpertWeights, *, instruction_set: str = "") -> Tensor:
     """x (T, D) -> y (T, D) on the CPU, D and F above 0. x and the weights are all float32 or all bfloat16, and so is y.
 
-    `instruction_set` forces one of `native_instruction_sets()`, for tests; else it is the first of them.
+    `instruction_set` forces one of `native_instruction_sets(x.dtype)`, for tests; else it is the first of them.
 
     Raises:
         UsageError: the kernels are not built, this machine lacks that instruction set, a token or an expert of the
@@ -57,10 +59,10 @@ def native_experts(x: Tensor, routing: Routing, weights: ExpertWeights, *, instr
     return y_TD
 
 
-def native_instruction_sets() -> list[str]:
-    """Those that the kernels are built for and this machine runs, the best first; none when they are not built."""
+def native_instruction_sets(dtype: torch.dtype = torch.float32) -> list[str]:
+    """Those that the kernels for a dtype are built for and this machine runs, the best first; none when not built."""
     native = machine.native_module()
-    return [] if native is None else native.expert_kernels()
+    return [] if native is None else native.expert_kernels()[str(dtype).removeprefix("torch.")]
 
 
 def why_native_is_missing() -> str | None:
@@ -128,7 +130,7 @@ def _forward(
     status = native.experts_forward(
         experts, torch.get_num_threads(), instruction_set, pre_activations_N2F.data_ptr(), y_TD.data_ptr()
     )
-    native_call.raise_for(status, instruction_set, native_instruction_sets)
+    native_call.raise_for(status, instruction_set, partial(native_instruction_sets, x.dtype))
     return y_TD, pre_activations_N2F, plan
 
 
@@ -168,7 +170,7 @@ def _backward(
         grad_y.data_ptr(),
         tuple(gradient.data_ptr() if has else 0 for gradient, has in zip(gradients, has_input, strict=True)),
     )
-    native_call.raise_for(status, instruction_set, native_instruction_sets)
+    native_call.raise_for(status, instruction_set, partial(native_instruction_sets, x.dtype))
     return gradients
 
 
