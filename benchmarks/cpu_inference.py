@@ -82,7 +82,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     note(f"{count_parameters(config).total / 1e9:.2f} B parameters, {arguments.threads} threads")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(arguments.scratch or temporary) / _folder_name(config)
+        folder = Path(arguments.scratch or temporary) / folder_name(config)
         names = _chosen(arguments.formats)
         files = prepare(config, folder, [each for name in names for each in FORMATS[name].gguf], arguments.threads)
         for name in names:
@@ -148,7 +148,7 @@ def random_model(config: ModelConfig) -> Transformer:
     return model
 
 
-def _folder_name(config: ModelConfig) -> str:
+def folder_name(config: ModelConfig) -> str:
     moe = config.moe
     assert moe is not None
     sizes = (config.num_hidden_layers, config.hidden_size, moe.moe_intermediate_size, moe.num_experts)

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesaic.errors import MoesaicError
-from moesaic.weight_reader import TYPE_BITS, WeightDirectory, parse_header
+from moesaic.safetensors_file import TYPE_BITS, parse_header
+from moesaic.weight_reader import WeightDirectory
 from moesaic.weights_io import write_safetensors
 
 

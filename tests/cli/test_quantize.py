@@ -61,6 +61,25 @@ def test_a_quantised_directory_takes_the_place_of_the_model(plain: Path) -> None
     assert "the model is quantised" in refused.stderr
 
 
+def test_a_budget_of_memory_changes_nothing_of_the_text(plain: Path) -> None:
+    out = plain.with_name("out")
+    assert moesaic("quantize", plain, out, "--scheme", "int4").returncode == 0
+    whole, within = moesaic("generate", out, *GREEDY), moesaic("generate", out, *GREEDY, "--memory", "2GiB", "--json")
+    assert within.returncode == 0, within.stderr
+    report = json.loads(within.stdout)
+    assert report["text"] + "\n" == whole.stdout
+    assert 0 < report["hit_rate"] < 1
+    assert report["bytes_read"] > 0
+    assert report["peak_bytes"] < 2 * 2**30
+    (plain.parent / "text").write_text("import os, sys\n" * 40)
+    score = ("--data", plain.parent / "text", "--sequence-length", "64", "--json")
+    assert moesaic("eval", out, *score).stdout == moesaic("eval", out, *score, "--memory", "2GiB").stdout != ""
+    for memory, fault in (("10MiB", "too little: the model needs at least"), ("lots", "is not a size")):
+        refused = moesaic("generate", out, *GREEDY, "--memory", memory)
+        assert refused.returncode == 2
+        assert fault in refused.stderr
+
+
 def test_weights_are_packed_while_they_are_read(plain: Path) -> None:
     out = plain.with_name("out")
     assert moesaic("quantize", plain, out, "--scheme", "int8").returncode == 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moesaic.checkpoint.hf_directory import HFDirectory, check_shapes, final_dtype
+from moesaic.checkpoint.load_within import load_within
 from moesaic.checkpoint.packing import PackingReader
 from moesaic.checkpoint.resolve import ModelSource, require_weights, resolve_model
 from moesaic.checkpoint.run_state import newest_run_state
@@ -21,6 +22,7 @@ from moesaic.model.quantize import SCHEMES, make_quantization, quantize_model
 from moesaic.model.transformer import Transformer
 from moesaic.ops import DTYPES
 from moesaic.ops.device import resolve_device
+from moesaic.residency.memory_plan import parse_bytes
 from moesaic.tokenizer import Tokenizer
 from moesaic.tokenizer import load_tokenizer as read_tokenizer
 
@@ -46,7 +48,8 @@ def load(
         device: `auto` is cuda where there is one.
         quantization: packs the weights while they are read: `int8`, `int4`, or `mxfp4` for experts published so
             (moesaic.model.quantize.SCHEMES). A quantised directory needs none. The model is then for inference.
-        memory: not there yet; anything but None is refused.
+        memory: what the process may take, such as "2GiB": of a quantised directory, on a CPU. The experts then stay on
+            disk and are read when tokens need them. For inference.
         backend: how experts are computed, see `moesaic.ops.BACKENDS`.
         offline: take a model of the hub from the local cache, and ask nobody.
         revision: branch, tag or commit of a model on the hub; None is its main branch.
@@ -58,15 +61,17 @@ def load(
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is not known; choose auto, {' or '.join(DTYPES)}")
-    if memory is not None:
-        raise UsageError(f"memory={memory!r} is not supported yet; leave it out, or use quantization='int4'")
+    budget = None if memory is None else parse_bytes(memory)
     if quantization is not None and quantization not in SCHEMES:
         raise UsageError(f"quantization {quantization!r} is not known; choose {', '.join(SCHEMES)}")
     target = resolve_device(device)
     source = resolve_model(path, revision, offline)
     require_weights(source, offline)
+    wanted = DTYPES.get(dtype)
+    if budget is not None:
+        return _load_within(source, wanted, target, backend, quantization, budget).eval()
     read = {"run": _load_run, "hf": _load_hf}[source.kind]
-    return read(source, DTYPES.get(dtype), target, backend, quantization).eval()
+    return read(source, wanted, target, backend, quantization).eval()
 
 
 def load_tokenizer(path: str | Path | ModelSource, *, offline: bool = False, revision: str | None = None) -> Tokenizer:
@@ -128,6 +133,30 @@ def _load_hf(
             stored.check(model.state_dict())
             tensors = stored.read(model.state_dict(), wanted, device)
     model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def _load_within(
+    source: ModelSource,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    backend: str,
+    scheme: str | None,
+    budget: int,
+) -> Transformer:
+    fix = "write it with `moesaic quantize MODEL OUT --scheme int4` and name OUT"
+    if device.type != "cpu":
+        raise UsageError(f"memory is for models on a CPU, and the device is {device}; add --device cpu")
+    if source.kind == "run" or scheme is not None:
+        raise UsageError(f"with memory experts are read from a quantised directory; {fix}")
+    with HFDirectory(source.directory) as stored:
+        if stored.config.moe is None:
+            raise UsageError(f"{source.directory} has no experts, which alone can stay on disk; leave memory out")
+        if stored.quantization is None:
+            raise UsageError(f"{source.directory} is not quantised, and experts are read as they are stored; {fix}")
+        model = empty_model(stored.config, backend)
+        quantize_model(model, stored.quantization)
+        load_within(model, stored, dtype or torch.float32, budget)
     return model
 
 

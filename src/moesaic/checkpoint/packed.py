@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from moesaic.checkpoint.families.hf_config import shortened
 from moesaic.errors import MoesaicError
-from moesaic.weight_reader import DTYPES, PART_BYTES, Read, Shape, WeightDirectory, check_fits, pieces
+from moesaic.safetensors_file import DTYPES, Shape
+from moesaic.weight_reader import PART_BYTES, Read, WeightDirectory, check_fits, pieces
 
 METHODS = ("fp8", "mxfp4")
 SCALE_TYPES = ("F64", "F32", "F16", "BF16", "F8_E8M0", "U8")

@@ -5,7 +5,7 @@ import sys
 from rich.console import Console
 
 from moesaic.cli.options import ModelOptions, SamplingOptions
-from moesaic.errors import UsageError
+from moesaic.errors import MoesaicError
 
 _MODEL, _SAMPLING = ModelOptions(), SamplingOptions()
 
@@ -50,7 +50,7 @@ def chat(model: str, /, *, loading: ModelOptions = _MODEL, sampling: SamplingOpt
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             console.print(" [stopped]", style="dim", markup=False)
-        except UsageError as error:
+        except MoesaicError as error:
             messages.pop()
             console.print(f"{error}; /clear starts over", style="red", markup=False, highlight=False)
             continue

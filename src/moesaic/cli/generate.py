@@ -33,6 +33,7 @@ def generate(
         One JSON object with text, token_ids and speeds.
     """
     from moesaic.engine.generate import Generation, peak_bytes, stream
+    from moesaic.residency.residency import residency_of
 
     sampling_config = sampling.to_config()
     transformer, tokenizer = loading.load(model)
@@ -42,8 +43,11 @@ def generate(
     for piece in stream(transformer, tokenizer, prompt_ids, sampling_config, generation):
         if not json_output:
             print(piece, end="", flush=True)
+    residency = residency_of(transformer)
     if not json_output:
         print()
+        if residency is not None and sys.stderr.isatty():
+            print(f"experts: {residency.statistics}", file=sys.stderr)
         return
     report = {
         "text": generation.text,
@@ -53,6 +57,9 @@ def generate(
         "decode_tokens_per_second": generation.decode_tokens_per_second,
         "peak_bytes": peak_bytes(),
     }
+    if residency is not None:
+        statistics = residency.statistics
+        report |= {"hit_rate": statistics.hit_rate, "bytes_read": statistics.bytes_read}
     print(json.dumps(report))
 
 

@@ -32,6 +32,8 @@ class ModelOptions:
     "auto, cpu, cuda or cuda:N."
     quantization: Literal["int8", "int4", "mxfp4"] | None = None
     "Pack the weights while they are read; `moesaic quantize` does it once for all."
+    memory: str | None = None
+    "What the process may take, such as 2GiB: experts of a quantised directory stay on disk."
     backend: str = "auto"
     "How experts are computed; `moesaic doctor` lists the choices."
     offline: Annotated[bool, Parameter(negative="")] = False
@@ -51,6 +53,7 @@ class ModelOptions:
             dtype=self.dtype,
             device=self.device,
             quantization=self.quantization,
+            memory=self.memory,
             backend=self.backend,
             offline=self.offline,
         )

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from moesaic.engine.sampler import Sampler
 from moesaic.errors import UsageError
 from moesaic.model.kv_cache import KVCache
 from moesaic.model.transformer import Transformer
+from moesaic.residency.residency import PREFILL_TOKENS, residency_of
 from moesaic.tokenizer import Tokenizer
 
 
@@ -82,6 +84,15 @@ def stream(
     """
     require_causal(model, config)
     _require_room(model, len(prompt_ids), config.max_tokens)
+    capacity = len(prompt_ids) + config.max_tokens
+    residency = residency_of(model)
+    with nullcontext() if residency is None else residency.room_for_text(capacity):
+        yield from _stream(model, tokenizer, prompt_ids, config, generation)
+
+
+def _stream(
+    model: Transformer, tokenizer: Tokenizer, prompt_ids: list[int], config: SamplingConfig, generation: Generation
+) -> Iterator[str]:
     next_logits = _Continuation(model, capacity=len(prompt_ids) + config.max_tokens)
     generation.prompt_tokens = len(prompt_ids)
     sampler, decoder = Sampler(config), tokenizer.decoder()
@@ -119,13 +130,21 @@ class _Continuation:
                 model.config, batch_size=1, capacity=capacity, dtype=weight.dtype, device=weight.device
             )  # fmt: skip
         self._ids: list[int] = []
+        self._most_tokens = capacity if residency_of(model) is None else PREFILL_TOKENS
 
     def after(self, new_ids: list[int]) -> torch.Tensor:
         """(V,) after the text so far and `new_ids`."""
         self._ids += new_ids
-        tokens_1L = torch.tensor([new_ids if self._kv else self._ids], device=self._device)
+        if self._kv is None:
+            return self._logits_after(self._ids)
+        *pieces, last = (new_ids[i : i + self._most_tokens] for i in range(0, len(new_ids), self._most_tokens))
+        for piece in pieces:
+            self._logits_after(piece)
+        return self._logits_after(last)
+
+    def _logits_after(self, ids: list[int]) -> torch.Tensor:
         with self._model.evaluating():
-            return self._model(tokens_1L, kv=self._kv, logits_to_keep=1)[0, -1]
+            return self._model(torch.tensor([ids], device=self._device), kv=self._kv, logits_to_keep=1)[0, -1]
 
 
 def peak_bytes() -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moesaic.config import ModelConfig
 from moesaic.ops import BACKENDS, Activation, ExpertShape, ExpertWeights, Routing, pick
+from moesaic.ops.expert_store import ExpertStore, combine_rows, rows_in_slots
 from moesaic.ops.permute import rows_with_weighted_inputs, sum_rows_of_tokens
 from moesaic.ops.quantize import PackedWeight, pack
 
@@ -18,7 +19,7 @@ class Experts(nn.Module):
     """E stacked gated experts. x (T, D) and a routing -> the sum of each token's experts (T, D).
 
     The routing's weights multiply what comes out of an expert, or what goes in where the router says so. After
-    `quantize`, gate_up and down are packed, buffers in place of parameters.
+    `quantize`, gate_up and down are packed, buffers in place of parameters; after `move_out` a store gives them.
     """
 
     def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
@@ -29,6 +30,7 @@ class Experts(nn.Module):
         self.backend = backend
         self.hidden_size, self.intermediate_size = D, F
         self._packed: dict[str, PackedWeight] = {}
+        self.store: ExpertStore | None = None
         self.activation = Activation(moe.activation, limit=moe.swiglu_limit, alpha=moe.swiglu_alpha)
         self.weighs_inputs = moe.router == "topk_sigmoid_input"
         self.gate_up = nn.Parameter(torch.empty(E, 2 * F, D))
@@ -43,6 +45,14 @@ class Experts(nn.Module):
             delattr(self, name)
             self.register_buffer(name, packed.data)
             self._packed[name] = packed
+
+    def move_out(self) -> ExpertWeights:
+        """Gives up gate_up and down, which are packed and may be on the meta device: what is in `store` counts."""
+        weights = self.weights(torch.float32)
+        for name in self.packed:
+            delattr(self, name)
+        self._packed = {}
+        return weights
 
     @property
     def packed(self) -> dict[str, PackedWeight]:
@@ -76,18 +86,36 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        weights = self.weights(dtype)
+        compute = self._computed_in_memory if self.store is None else self._computed_from_store
+        if not self.weighs_inputs:
+            return compute(x.to(dtype), routing)
+        rows_ND, routing_of_rows = rows_with_weighted_inputs(x.to(dtype), routing)
+        return sum_rows_of_tokens(compute(rows_ND, routing_of_rows), routing)
+
+    def _computed_in_memory(self, x: Tensor, routing: Routing) -> Tensor:
+        return self._run(x, routing, self.weights(x.dtype))
+
+    def _computed_from_store(self, x: Tensor, routing: Routing) -> Tensor:
+        """Each row alone, and then their sum, so that it does not depend on the order in which experts come."""
+        assert self.store is not None
+        wide_x = x.float()
+        rows_ND = torch.empty(len(routing.expert_ids), self.hidden_size)
+        with self.store.chunks(routing.expert_ids) as chunks:
+            for chunk in chunks:
+                slots_N = chunk.slot_of_expert(routing.num_experts)[routing.expert_ids]
+                rows = (slots_N >= 0).nonzero().squeeze(1)
+                in_slots = rows_in_slots(slots_N[rows], chunk.weights.num_experts)
+                rows_ND[rows] = self._run(wide_x[routing.token_ids[rows]], in_slots, chunk.weights)
+        return combine_rows(rows_ND, routing).to(x.dtype)
+
+    def _run(self, x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
         shape = ExpertShape(
             hidden_size=self.hidden_size,
             moe_intermediate_size=self.intermediate_size,
             device=x.device.type,
-            dtype=dtype,
+            dtype=x.dtype,
             activation=self.activation.name,
             has_bias=weights.has_bias,
             format=weights.format,
         )
-        run = BACKENDS[pick(self.backend, shape)].run
-        if not self.weighs_inputs:
-            return run(x.to(dtype), routing, weights)
-        rows_ND, routing_of_rows = rows_with_weighted_inputs(x.to(dtype), routing)
-        return sum_rows_of_tokens(run(rows_ND, routing_of_rows, weights), routing)
+        return BACKENDS[pick(self.backend, shape)].run(x, routing, weights)

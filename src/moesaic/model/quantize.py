@@ -94,7 +94,8 @@ def quantize_model(model: Transformer, quantization: Quantization) -> None:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    return any(True for _ in packed_weights(model))
+    moved_out = any(isinstance(module, Experts) and module.store is not None for module in model.modules())
+    return moved_out or any(True for _ in packed_weights(model))
 
 
 def packed_weights(model: nn.Module) -> Iterator[tuple[str, str, PackedWeight]]:

@@ -5,6 +5,7 @@ B sequences, L positions, V vocabulary, E experts, M mixture-of-experts layers, 
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from moesaic.errors import MoesaicError
 from moesaic.model.balance import max_vio
 from moesaic.model.transformer import Transformer
 from moesaic.ops import Routing
+from moesaic.residency.residency import residency_of
 from moesaic.train.routing_statistics import RoutingStatistics
 
 
@@ -51,7 +53,7 @@ def evaluate(
     num_domains: int = 1,
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
-    """Score batches of (tokens (B, L), targets (B, L), domain ids (B,)).
+    """Score batches of (tokens (B, L), targets (B, L), domain ids (B,)). A model with a budget keeps to it.
 
     Args:
         token_bytes: (V,) bytes of text that each token id stands for.
@@ -60,11 +62,13 @@ def evaluate(
 
     Raises:
         MoesaicError: there is no batch.
+        UsageError: the budget has no room for such batches.
     """
     device = model.embed_tokens.weight.device
     moe = model.config.moe
     load = torch.zeros(num_domains, len(model.moe_layers), moe.num_routed if moe else 0, dtype=torch.int64)
     statistics = RoutingStatistics(len(model.moe_layers))
+    residency = residency_of(model)
     nats, tokens, text_bytes = 0.0, 0, 0
     for tokens_BL, targets_BL, domains_B in batches:
         if num_domains == 1:
@@ -72,6 +76,7 @@ def evaluate(
         routings: list[Routing] = []
         tokens_BL, targets_BL = tokens_BL.to(device), targets_BL.to(device)
         with (
+            nullcontext() if residency is None else residency.room_for_pass(tokens_BL.numel()),
             model.evaluating(),
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
         ):

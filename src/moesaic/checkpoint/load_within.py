@@ -1,0 +1,82 @@
+"""Reading a quantised model within a budget of memory: its experts stay on disk."""
+
+from dataclasses import replace
+
+import torch
+
+from moesaic.checkpoint.hf_directory import HFDirectory
+from moesaic.errors import UsageError
+from moesaic.model.experts import Experts
+from moesaic.model.transformer import Transformer
+from moesaic.residency.expert_cache import ExpertCache, StoredExperts
+from moesaic.residency.file_reader import FileReader
+from moesaic.residency.memory_plan import SLACK_BYTES, activation_bytes, make_plan, process_bytes
+from moesaic.residency.residency import PREFILL_TOKENS, LayerStore, Residency
+from moesaic.residency.slots import POLICIES
+from moesaic.residency.stored_embedding import StoredEmbedding
+from moesaic.weight_reader import WeightDirectory
+
+EMBEDDING = "embed_tokens.weight"
+PROBED_EXPERTS = 8
+
+
+def load_within(model: Transformer, stored: HFDirectory, dtype: torch.dtype, budget: int) -> None:
+    """Fills `model`, quantised and on the meta device, so that all of it stays within `budget` bytes.
+
+    Raises UsageError where that is impossible, with the numbers.
+    """
+    weights = stored.weights
+    assert isinstance(weights, WeightDirectory)
+    like = model.state_dict()
+    stored.check(like)
+    layers = _stored_experts(model, weights)
+    if hasattr(model, "lm_head"):  # else the head multiplies with all of the embedding
+        rows, columns = like[EMBEDDING].shape
+        embedding = StoredEmbedding(weights.extent(EMBEDDING), (rows, columns), weights.dtype(EMBEDDING), dtype)
+        setattr(model, EMBEDDING.partition(".")[0], embedding)
+    dtypes = stored.dtypes(like, dtype)
+    resident = model.state_dict()
+    parts = {
+        "the process": process_bytes() + SLACK_BYTES,
+        "weights of all but the experts": sum(
+            tensor.numel() * dtypes[name].itemsize for name, tensor in resident.items()
+        ),
+        "activations": activation_bytes(model.config, PREFILL_TOKENS, logits=1),
+    }
+    some = layers[0]
+    plan = make_plan(budget, parts, some.expert_bytes, some.num_experts * len(layers))
+    model.load_state_dict(stored.read(resident, dtype, torch.device("cpu")), assign=True)
+    cache = ExpertCache(_with_biases(layers, model), plan.slots, POLICIES["lru"](), _probed_reader(layers))
+    residency = Residency(plan, cache, model.config, dtype)
+    for number, layer in enumerate(model.moe_layers):
+        layer.experts.store = LayerStore(residency, number)
+
+
+def _stored_experts(model: Transformer, weights: WeightDirectory) -> list[StoredExperts]:
+    """By layer; the modules have none of their own after it."""
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            extents = {leaf: weights.extent(f"{name}.{leaf}") for leaf in ("gate_up", "down")}
+            layers.append(StoredExperts(module.move_out(), extents))
+    if len({(layer.weights.format, layer.num_experts, layer.expert_bytes) for layer in layers}) > 1:
+        raise UsageError("the layers have experts of different sizes, which a budget does not serve; leave memory out")
+    return layers
+
+
+def _with_biases(layers: list[StoredExperts], model: Transformer) -> list[StoredExperts]:
+    """Now that the modules have theirs in memory."""
+
+    def filled(stored: StoredExperts, experts: Experts) -> StoredExperts:
+        biases = {name: getattr(experts, name) for name in ("gate_up_bias", "down_bias")}
+        return replace(stored, weights=replace(stored.weights, **biases))
+
+    return [filled(stored, layer.experts) for stored, layer in zip(layers, model.moe_layers, strict=True)]
+
+
+def _probed_reader(layers: list[StoredExperts]) -> FileReader:
+    """Reads in the way that was faster for the first experts of some layers."""
+    reader = FileReader()
+    experts = [layer.extents["gate_up"].part(index, layer.num_experts) for index in range(2) for layer in layers]
+    reader.probe(experts[:PROBED_EXPERTS])
+    return reader

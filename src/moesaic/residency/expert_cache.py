@@ -1,0 +1,193 @@
+"""A model's experts on disk, and a cache of fixed size in memory for those that are used.
+
+The cache has slots, each with room for one expert of any layer, so that a layer that needs more gets more. Missing
+experts are read by threads while the ones that are there are computed. Where a pass needs more experts than there are
+slots, they come in waves.
+
+E experts of a layer, S slots.
+"""
+
+import mmap
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from moesaic.ops import ExpertWeights
+from moesaic.ops.expert_store import ExpertChunk
+from moesaic.ops.quantize import PackedWeight
+from moesaic.residency.file_reader import FileReader
+from moesaic.residency.memory_plan import shown
+from moesaic.residency.slots import Expert, Policy, SlotTable
+from moesaic.safetensors_file import Extent
+
+READERS = 8
+"""Threads that read; they wait for the disk rather than compute."""
+
+
+@dataclass
+class CacheStatistics:
+    """Of one layer, since the model was loaded."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    stall_seconds: float = 0.0
+    """How long computing waited for reads."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.hit_rate:.0%} of {self.hits + self.misses:,} were in memory, {shown(self.bytes_read)} read, "
+            f"{self.stall_seconds:.1f} s waited"
+        )
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(self.hits + self.misses, 1)
+
+    def __add__(self, other: "CacheStatistics") -> "CacheStatistics":
+        return CacheStatistics(
+            self.hits + other.hits,
+            self.misses + other.misses,
+            self.bytes_read + other.bytes_read,
+            self.stall_seconds + other.stall_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """One layer's experts, on disk and in shape."""
+
+    weights: ExpertWeights
+    """Packed, on the meta device, with the biases of all E experts, where there are any, in memory."""
+    extents: Mapping[str, Extent]
+    """Of gate_up and down, all E experts one after another."""
+
+    @property
+    def num_experts(self) -> int:
+        return self.weights.num_experts
+
+    @property
+    def expert_bytes(self) -> int:
+        return sum(extent.nbytes for extent in self.extents.values()) // self.num_experts
+
+
+@dataclass
+class _Reads:
+    """Experts on their way, with the slots that wait for them."""
+
+    missing: list[Expert]
+    pending: dict[Future[None], tuple[Expert, int]] = field(default_factory=dict)
+
+
+class ExpertCache:
+    """Experts of several layers, all of one shape and format.
+
+    Raises MoesaicError, in `chunks`, for an expert that cannot be read; those in the cache stay good.
+    """
+
+    def __init__(self, layers: Sequence[StoredExperts], num_slots: int, policy: Policy, reader: FileReader) -> None:
+        self.layers = layers
+        self.table = SlotTable(num_slots, policy)
+        self.statistics = [CacheStatistics() for _ in layers]
+        self._reader = reader
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="moesaic-read")
+        self._likes = layers[0].weights
+        self._memory: dict[str, mmap.mmap] = {}
+        self.weights = self._allocate(num_slots)
+
+    def resize(self, num_slots: int) -> None:
+        """To as many slots or fewer than at first; memory that they leave goes back to the system."""
+        self.table.resize(num_slots)
+        for memory in self._memory.values():
+            slot_bytes = len(memory) // self.weights.num_experts
+            first = -(-num_slots * slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            if first < len(memory):
+                memory.madvise(mmap.MADV_DONTNEED, first, len(memory) - first)
+
+    def chunks(self, layer: int, numbers: Sequence[int]) -> Generator[ExpertChunk, None, None]:
+        """These experts of a layer, as ExpertStore says. To be closed, so that no read goes on."""
+        experts = [(layer, number) for number in numbers]
+        present = [expert for expert in experts if expert in self.table]
+        reads = _Reads([expert for expert in experts if expert not in self.table])
+        statistics = self.statistics[layer]
+        statistics.hits += len(present)
+        statistics.misses += len(reads.missing)
+        held = [self.table.hold(expert) for expert in present]
+        try:
+            self._start(reads)
+            if present:
+                yield self._chunk(present, held)
+                self._let_go(held)
+            while reads.pending or reads.missing:
+                self._start(reads)
+                arrived = self._wait(reads, statistics)
+                held = [slot for _, slot in arrived]
+                yield self._chunk([expert for expert, _ in arrived], held)
+                self._let_go(held)
+        finally:
+            self._let_go(held)
+            self._abandon(reads)
+
+    def _start(self, reads: _Reads) -> None:
+        """As many reads as there are slots to be had."""
+        while reads.missing and (slot := self.table.claim()) is not None:
+            expert = reads.missing.pop(0)
+            reads.pending[self._pool.submit(self._read, expert, slot)] = expert, slot
+
+    def _wait(self, reads: _Reads, statistics: CacheStatistics) -> list[tuple[Expert, int]]:
+        """What has arrived, one expert at least. Raises what a read raised."""
+        start = perf_counter()
+        done, _ = wait(reads.pending, return_when=FIRST_COMPLETED)
+        statistics.stall_seconds += perf_counter() - start
+        for future in done:
+            future.result()
+        arrived = [reads.pending.pop(future) for future in done]
+        for expert, slot in arrived:
+            self.table.put(expert, slot)
+            statistics.bytes_read += self.layers[expert[0]].expert_bytes
+        return arrived
+
+    def _abandon(self, reads: _Reads) -> None:
+        """Reads under way write into their slots, so they have to end first."""
+        wait(reads.pending)
+        self._let_go([slot for _, slot in reads.pending.values()])
+        reads.pending.clear()
+
+    def _let_go(self, held: list[int]) -> None:
+        while held:
+            self.table.let_go(held.pop())
+
+    def _read(self, expert: Expert, slot: int) -> None:
+        layer, number = expert
+        stored = self.layers[layer]
+        for name, extent in stored.extents.items():
+            stack = getattr(self.weights, name)
+            self._reader.read_into(extent.part(number, stored.num_experts), stack.data[slot].view(-1))
+        for name in ("gate_up_bias", "down_bias"):
+            if (bias := getattr(stored.weights, name)) is not None:
+                getattr(self.weights, name)[slot].copy_(bias[number].detach())
+
+    def _chunk(self, experts: Sequence[Expert], slots: Sequence[int]) -> ExpertChunk:
+        return ExpertChunk([number for _, number in experts], list(slots), self.weights)
+
+    def _allocate(self, num_slots: int) -> ExpertWeights:
+        """Slots at the start of a page, which take memory when they are first filled."""
+
+        def packed(name: str) -> PackedWeight:
+            like = getattr(self._likes, name)
+            assert isinstance(like, PackedWeight)
+            shape = (num_slots, *like.data.shape[1:])
+            self._memory[name] = memory = mmap.mmap(-1, shape[0] * like.data[0].numel())
+            return replace(like, data=torch.frombuffer(memory, dtype=torch.uint8).view(shape))
+
+        def bias(like: Tensor | None) -> Tensor | None:
+            return None if like is None else like.new_empty(num_slots, *like.shape[1:])
+
+        likes = self._likes
+        return ExpertWeights(
+            packed("gate_up"), packed("down"), bias(likes.gate_up_bias), bias(likes.down_bias), likes.activation
+        )

@@ -1,0 +1,90 @@
+"""What a model takes of a memory budget, part by part, and how many experts fit beside it."""
+
+import os
+import re
+import resource
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moesaic.config import ModelConfig
+from moesaic.errors import UsageError
+
+UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{ending}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for ending, base in (("iB", 1024), ("B", 1000), ("", 1024))
+}
+LEAST_SLOTS = 2
+"""One is computed while the other is read."""
+SLACK_BYTES = 32 * 2**20
+"""What allocators keep, and threads need."""
+
+
+def parse_bytes(text: str | int) -> int:
+    """8GiB, 8GB, 8G (as GiB), 512MiB, or a number of bytes. Raises UsageError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    units = {name.upper(): factor for name, factor in UNITS.items()}
+    if match is None or match[2].upper() not in units or not float(match[1]):
+        raise UsageError(f"memory {text!r} is not a size; write it like 8GiB, 500MB or 2.5GiB")
+    return int(float(match[1]) * units[match[2].upper()])
+
+
+def shown(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f} MiB"
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of everything that is in memory at the same time."""
+
+    budget: int
+    parts: Mapping[str, int]
+    """All but the experts, in the order in which they are told."""
+    slots: int
+    """Experts that fit beside them."""
+    slot_bytes: int
+    num_experts: int
+    """Of all layers together."""
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{shown(nbytes)} {name}" for name, nbytes in self.parts.items())
+        return f"{shown(self.budget)}: {parts}, {shown(self.slots * self.slot_bytes)} for {self.slots} experts"
+
+
+def make_plan(budget: int, parts: Mapping[str, int], slot_bytes: int, num_experts: int) -> MemoryPlan:
+    """As many slots as fit, and no more than there are experts in all layers together.
+
+    Raises UsageError, with the numbers, where not even a few fit.
+    """
+    fixed = sum(parts.values())
+    least = min(LEAST_SLOTS, num_experts)
+    if fixed + least * slot_bytes > budget:
+        needed = fixed + least * slot_bytes
+        told = " + ".join(f"{shown(nbytes)} {name}" for name, nbytes in parts.items())
+        enough = -(-needed // (64 * 2**20)) * 64
+        raise UsageError(
+            f"memory {shown(budget)} is too little: the model needs at least {shown(needed)}: {told} + "
+            f"{shown(least * slot_bytes)} for {least} experts; try memory {enough}MiB, fewer bits per weight, or less "
+            "text at a time"
+        )
+    return MemoryPlan(budget, parts, min((budget - fixed) // slot_bytes, num_experts), slot_bytes, num_experts)
+
+
+def activation_bytes(config: ModelConfig, tokens: int, logits: int) -> int:
+    """Of a pass over so many tokens, about: the residual stream and what a layer makes of it, the rows of its experts
+    among that, and so many rows of logits."""
+    moe = config.moe
+    assert moe is not None
+    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    rows = moe.num_experts_per_tok * (3 * config.hidden_size + 3 * moe.moe_intermediate_size)
+    return 4 * (tokens * (8 * config.hidden_size + 2 * heads + rows) + logits * config.vocab_size)
+
+
+def process_bytes() -> int:
+    """What this process has in memory now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux: what it once had
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+    return pages * resource.getpagesize()

@@ -1,0 +1,76 @@
+"""A model whose experts stay on disk, within a budget of memory."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moesaic.accounting import kv_bytes_per_token
+from moesaic.config import ModelConfig
+from moesaic.model.transformer import Transformer
+from moesaic.ops.expert_store import ExpertChunk
+from moesaic.residency.expert_cache import CacheStatistics, ExpertCache
+from moesaic.residency.memory_plan import MemoryPlan, activation_bytes, make_plan
+
+PREFILL_TOKENS = 512
+"""That a pass takes at most, so that activations have a bound; a longer prompt goes in pieces."""
+
+
+@dataclass
+class Residency:
+    """What is in memory now, and how often what was needed was not; `residency_of` finds a model's."""
+
+    plan: MemoryPlan
+    cache: ExpertCache
+    config: ModelConfig
+    dtype: torch.dtype
+
+    @property
+    def statistics(self) -> CacheStatistics:
+        """Of all layers together, since the model was loaded."""
+        return sum(self.cache.statistics, CacheStatistics())
+
+    def room_for_text(self, tokens: int) -> AbstractContextManager[None]:
+        """Keys and values of so many tokens may be in memory within it; so fewer experts are.
+
+        Raises UsageError, with the numbers, where there is not so much room.
+        """
+        dtype = str(self.dtype).removeprefix("torch.")
+        return self._room_for(f"keys and values of {tokens:,} tokens", tokens * kv_bytes_per_token(self.config, dtype))
+
+    def room_for_pass(self, tokens: int) -> AbstractContextManager[None]:
+        """The same for one pass over so many tokens, with the logits of all."""
+        return self._room_for(f"a pass over {tokens:,} tokens", activation_bytes(self.config, tokens, logits=tokens))
+
+    @contextmanager
+    def _room_for(self, what: str, nbytes: int) -> Iterator[None]:
+        before = self.plan
+        plan = make_plan(before.budget, {**before.parts, what: nbytes}, before.slot_bytes, before.num_experts)
+        self._use(replace(plan, slots=min(plan.slots, before.slots)))
+        try:
+            yield
+        finally:
+            self._use(before)
+
+    def _use(self, plan: MemoryPlan) -> None:
+        self.plan = plan
+        self.cache.resize(plan.slots)
+
+
+@dataclass(frozen=True)
+class LayerStore:
+    """The experts of one layer: an ExpertStore."""
+
+    residency: Residency
+    layer: int
+
+    def chunks(self, expert_ids: Tensor) -> AbstractContextManager[Iterator[ExpertChunk]]:
+        return closing(self.residency.cache.chunks(self.layer, torch.unique(expert_ids).tolist()))
+
+
+def residency_of(model: Transformer) -> Residency | None:
+    """None where the experts are simply in memory."""
+    stores = (layer.experts.store for layer in model.moe_layers)
+    return next((store.residency for store in stores if isinstance(store, LayerStore)), None)
