@@ -94,15 +94,22 @@ class WithinMemory(Ours):
     @torch.inference_mode()
     def decode(self, prompt: Tokens, tokens: Tokens) -> float:
         """Notes what the steps read from disk; the prompt is not one of them."""
-        cache = self._cache(len(prompt), prompt.shape[1] + tokens.shape[1])
-        self.model(torch.from_numpy(prompt), kv=cache, logits_to_keep=1)
-        before, start = self._residency.statistics.bytes_read, time.perf_counter()
-        for step_B1 in torch.from_numpy(tokens).T.unsqueeze(2):
-            self.model(step_B1, kv=cache, logits_to_keep=1)
-        seconds = time.perf_counter() - start
+        capacity = prompt.shape[1] + tokens.shape[1]
+        with self._residency.room_for_text(capacity):
+            cache = self._cache(1, capacity)
+            self.model(torch.from_numpy(prompt), kv=cache, logits_to_keep=1)
+            with self._residency.room_for_pass(tokens=1, logits=1):
+                before, start = self._residency.statistics.bytes_read, time.perf_counter()
+                for step_11 in torch.from_numpy(tokens).T.unsqueeze(2):
+                    self.model(step_11, kv=cache, logits_to_keep=1)
+                seconds = time.perf_counter() - start
         self._experts_read += self._residency.statistics.bytes_read - before
         self._steps += tokens.shape[1]
         return seconds
+
+    def prefill(self, tokens: Tokens) -> float:
+        with self._residency.room_for_text(len(tokens)):
+            return super().prefill(tokens)
 
     @property
     def statistics(self) -> CacheStatistics:
@@ -146,7 +153,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
 
 def _llama(path: Path, arguments: argparse.Namespace) -> Callable[[], Runner]:
     capacity = max(arguments.prefill, PROMPT_TOKENS + DECODED)
-    return partial(Llama, path, arguments.threads, capacity=capacity, all_logits=False)
+    return partial(Llama, path, arguments.threads, capacity=capacity, repack=False)
 
 
 def _measure_share(

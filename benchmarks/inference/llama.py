@@ -44,11 +44,16 @@ class LlamaModel:
 
     def __init__(
         self, path: Path, *, threads: int, capacity: int, sequences: int = 1, all_logits: bool = False,
-        exact: bool = False,
+        exact: bool = False, repack: bool = True,
     ) -> None:  # fmt: skip
-        """Room for `capacity` tokens of each of so many sequences; `all_logits`: of every position, not of the last."""
+        """Room for `capacity` tokens of each of so many sequences; `all_logits`: of every position, not of the last.
+
+        Without `repack` the weights stay where they are mapped, which takes no memory of its own.
+        """
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), llama_cpp.llama_model_default_params())
+        how = llama_cpp.llama_model_default_params()
+        how.use_extra_bufts = repack
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), how)
         if not self._model:
             raise failure(f"llama.cpp cannot load {path}")
         tokens = capacity * sequences

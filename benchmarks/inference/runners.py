@@ -91,12 +91,14 @@ class Ours:
 class Llama:
     """A GGUF file in llama.cpp, with room for `capacity` tokens in each sequence."""
 
-    def __init__(self, path: Path, threads: int, *, capacity: int, all_logits: bool = False) -> None:
+    def __init__(
+        self, path: Path, threads: int, *, capacity: int, all_logits: bool = False, repack: bool = True
+    ) -> None:
         from inference.llama import LlamaModel
 
         self._models: dict[int, Any] = {}
         self._make = lambda sequences: LlamaModel(
-            path, threads=threads, capacity=capacity, sequences=sequences, all_logits=all_logits
+            path, threads=threads, capacity=capacity, sequences=sequences, all_logits=all_logits, repack=repack
         )
         self._model(1)
 

@@ -116,7 +116,7 @@ def test_keys_and_values_take_the_place_of_experts(tmp_path: Path) -> None:
     assert found.plan.slots == found.cache.table.number == 24
     with pytest.raises(UsageError, match=r"MiB keys and values of 1,000,000 tokens"), found.room_for_text(10**6):
         pass
-    with pytest.raises(UsageError, match=r"GiB a pass over 1,000,000 tokens .* less text"), found.room_for_pass(10**6):
+    with pytest.raises(UsageError, match=r"GiB activations .* less text"), found.room_for_pass(10**6, 1):
         pass
 
 

@@ -10,7 +10,7 @@ from moesaic.model.experts import Experts
 from moesaic.model.transformer import Transformer
 from moesaic.residency.expert_cache import ExpertCache, StoredExperts
 from moesaic.residency.file_reader import FileReader
-from moesaic.residency.memory_plan import SLACK_BYTES, activation_bytes, make_plan, process_bytes
+from moesaic.residency.memory_plan import ACTIVATIONS, SLACK_BYTES, activation_bytes, make_plan, process_bytes
 from moesaic.residency.residency import PREFILL_TOKENS, LayerStore, Residency
 from moesaic.residency.slots import POLICIES
 from moesaic.residency.stored_embedding import StoredEmbedding
@@ -41,12 +41,15 @@ def load_within(model: Transformer, stored: HFDirectory, dtype: torch.dtype, bud
         "weights of all but the experts": sum(
             tensor.numel() * dtypes[name].itemsize for name, tensor in resident.items()
         ),
-        "activations": activation_bytes(model.config, PREFILL_TOKENS, logits=1),
+        ACTIVATIONS: activation_bytes(model.config, PREFILL_TOKENS, logits=1),
     }
     some = layers[0]
-    plan = make_plan(budget, parts, some.expert_bytes, some.num_experts * len(layers))
+    experts = some.expert_bytes, some.num_experts * len(layers)
+    plan = make_plan(budget, parts, *experts)
+    most_slots = make_plan(budget, {**parts, ACTIVATIONS: 0}, *experts).slots
     model.load_state_dict(stored.read(resident, dtype, torch.device("cpu")), assign=True)
-    cache = ExpertCache(_with_biases(layers, model), plan.slots, POLICIES["lru"](), _probed_reader(layers))
+    cache = ExpertCache(_with_biases(layers, model), most_slots, POLICIES["lru"](), _probed_reader(layers))
+    cache.resize(plan.slots)
     residency = Residency(plan, cache, model.config, dtype)
     for number, layer in enumerate(model.moe_layers):
         layer.experts.store = LayerStore(residency, number)

@@ -93,7 +93,7 @@ def stream(
 def _stream(
     model: Transformer, tokenizer: Tokenizer, prompt_ids: list[int], config: SamplingConfig, generation: Generation
 ) -> Iterator[str]:
-    next_logits = _Continuation(model, capacity=len(prompt_ids) + config.max_tokens)
+    next_logits, residency = _Continuation(model, capacity=len(prompt_ids) + config.max_tokens), residency_of(model)
     generation.prompt_tokens = len(prompt_ids)
     sampler, decoder = Sampler(config), tokenizer.decoder()
     end_ids = set(model.config.eos_token_ids) or {tokenizer.eos_id}
@@ -102,16 +102,17 @@ def _stream(
     token_id = sampler.draw(next_logits.after(prompt_ids))
     generation.prefill_seconds = time.perf_counter() - start
 
-    while token_id not in end_ids:
-        generation.token_ids.append(token_id)
-        piece = decoder.push(token_id)
-        generation.text += piece
-        yield piece
-        if len(generation.token_ids) == config.max_tokens:
-            break
-        start = time.perf_counter()
-        token_id = sampler.draw(next_logits.after([token_id]))
-        generation.decode_seconds += time.perf_counter() - start
+    with nullcontext() if residency is None else residency.room_for_pass(tokens=1, logits=1):
+        while token_id not in end_ids:
+            generation.token_ids.append(token_id)
+            piece = decoder.push(token_id)
+            generation.text += piece
+            yield piece
+            if len(generation.token_ids) == config.max_tokens:
+                break
+            start = time.perf_counter()
+            token_id = sampler.draw(next_logits.after([token_id]))
+            generation.decode_seconds += time.perf_counter() - start
     rest = decoder.flush()
     generation.text += rest
     yield rest

@@ -20,7 +20,7 @@ from moesaic.ops import ExpertWeights
 from moesaic.ops.expert_store import ExpertChunk
 from moesaic.ops.quantize import PackedWeight
 from moesaic.residency.file_reader import FileReader
-from moesaic.residency.memory_plan import shown
+from moesaic.residency.memory_plan import EXPERTS_PER_CHUNK, shown
 from moesaic.residency.slots import Expert, Policy, SlotTable
 from moesaic.safetensors_file import Extent
 
@@ -100,7 +100,9 @@ class ExpertCache:
         self.weights = self._allocate(num_slots)
 
     def resize(self, num_slots: int) -> None:
-        """To as many slots or fewer than at first; memory that they leave goes back to the system."""
+        """At most to as many slots as at first; memory that they leave goes back to the system."""
+        if num_slots == self.table.number:
+            return
         self.table.resize(num_slots)
         for memory in self._memory.values():
             slot_bytes = len(memory) // self.weights.num_experts
@@ -119,9 +121,9 @@ class ExpertCache:
         held = [self.table.hold(expert) for expert in present]
         try:
             self._start(reads)
-            if present:
-                yield self._chunk(present, held)
-                self._let_go(held)
+            for i in range(0, len(present), EXPERTS_PER_CHUNK):
+                yield self._chunk(present[i : i + EXPERTS_PER_CHUNK], held[i : i + EXPERTS_PER_CHUNK])
+            self._let_go(held)
             while reads.pending or reads.missing:
                 self._start(reads)
                 arrived = self._wait(reads, statistics)
@@ -141,7 +143,7 @@ class ExpertCache:
     def _wait(self, reads: _Reads, statistics: CacheStatistics) -> list[tuple[Expert, int]]:
         """What has arrived, one expert at least. Raises what a read raised."""
         start = perf_counter()
-        done, _ = wait(reads.pending, return_when=FIRST_COMPLETED)
+        done = list(wait(reads.pending, return_when=FIRST_COMPLETED).done)[:EXPERTS_PER_CHUNK]
         statistics.stall_seconds += perf_counter() - start
         for future in done:
             future.result()

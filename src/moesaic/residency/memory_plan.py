@@ -17,6 +17,10 @@ UNITS = {"": 1, "B": 1} | {
 }
 LEAST_SLOTS = 2
 """One is computed while the other is read."""
+EXPERTS_PER_CHUNK = 8
+"""Computed together at most, so that their rows are few."""
+ACTIVATIONS = "activations"
+"""The part of a plan that depends on what is computed."""
 SLACK_BYTES = 32 * 2**20
 """What allocators keep, and threads need."""
 
@@ -72,13 +76,14 @@ def make_plan(budget: int, parts: Mapping[str, int], slot_bytes: int, num_expert
 
 
 def activation_bytes(config: ModelConfig, tokens: int, logits: int) -> int:
-    """Of a pass over so many tokens, about: the residual stream and what a layer makes of it, the rows of its experts
-    among that, and so many rows of logits."""
+    """Of a pass over so many tokens, about: the residual stream and what a layer makes of it, the rows of all its
+    experts' outputs, what those of one chunk compute, and so many rows of logits."""
     moe = config.moe
     assert moe is not None
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    rows = moe.num_experts_per_tok * (3 * config.hidden_size + 3 * moe.moe_intermediate_size)
-    return 4 * (tokens * (8 * config.hidden_size + 2 * heads + rows) + logits * config.vocab_size)
+    chunk = min(1.0, 2 * EXPERTS_PER_CHUNK / moe.num_experts)  # twice its share, for experts that are asked for more
+    rows = moe.num_experts_per_tok * (1 + 2 * chunk) * config.hidden_size
+    return int(4 * (tokens * (12 * config.hidden_size + 2 * heads + rows) + logits * config.vocab_size))
 
 
 def process_bytes() -> int:

@@ -12,7 +12,7 @@ from moesaic.config import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.ops.expert_store import ExpertChunk
 from moesaic.residency.expert_cache import CacheStatistics, ExpertCache
-from moesaic.residency.memory_plan import MemoryPlan, activation_bytes, make_plan
+from moesaic.residency.memory_plan import ACTIVATIONS, MemoryPlan, activation_bytes, make_plan
 
 PREFILL_TOKENS = 512
 """That a pass takes at most, so that activations have a bound; a longer prompt goes in pieces."""
@@ -40,15 +40,15 @@ class Residency:
         dtype = str(self.dtype).removeprefix("torch.")
         return self._room_for(f"keys and values of {tokens:,} tokens", tokens * kv_bytes_per_token(self.config, dtype))
 
-    def room_for_pass(self, tokens: int) -> AbstractContextManager[None]:
-        """The same for one pass over so many tokens, with the logits of all."""
-        return self._room_for(f"a pass over {tokens:,} tokens", activation_bytes(self.config, tokens, logits=tokens))
+    def room_for_pass(self, tokens: int, logits: int) -> AbstractContextManager[None]:
+        """Room for passes over so many tokens, which compute so many logits, in the place of PREFILL_TOKENS."""
+        return self._room_for(ACTIVATIONS, activation_bytes(self.config, tokens, logits))
 
     @contextmanager
-    def _room_for(self, what: str, nbytes: int) -> Iterator[None]:
+    def _room_for(self, part: str, nbytes: int) -> Iterator[None]:
         before = self.plan
-        plan = make_plan(before.budget, {**before.parts, what: nbytes}, before.slot_bytes, before.num_experts)
-        self._use(replace(plan, slots=min(plan.slots, before.slots)))
+        plan = make_plan(before.budget, {**before.parts, part: nbytes}, before.slot_bytes, before.num_experts)
+        self._use(replace(plan, slots=min(plan.slots, self.cache.weights.num_experts)))
         try:
             yield
         finally:

@@ -76,7 +76,7 @@ def evaluate(
         routings: list[Routing] = []
         tokens_BL, targets_BL = tokens_BL.to(device), targets_BL.to(device)
         with (
-            nullcontext() if residency is None else residency.room_for_pass(tokens_BL.numel()),
+            nullcontext() if residency is None else residency.room_for_pass(tokens_BL.numel(), tokens_BL.numel()),
             model.evaluating(),
             torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
         ):
