@@ -38,10 +38,11 @@ typedef struct {
   moesaic_plan plan;
   const float* x;             // (T, D)
   const float* row_weights;   // (N), in the order of the assignments
-  moesaic_packed gate_up;     // E matrices (2F, D), gate first
-  moesaic_packed down;        // E matrices (D, F)
+  moesaic_packed gate_up;     // E matrices (2F, D), gate first; or as many as there are slots
+  moesaic_packed down;        // as many (D, F)
   const float* gate_up_bias;  // (E, 2F) or NULL
   const float* down_bias;     // (E, D) or NULL
+  const int32_t* slots;       // (E) where each expert's matrices stand in gate_up and down; NULL: at its number
 } moesaic_packed_experts;
 
 // y (T, D): each token's experts, times the weights of its rows, summed in the order of the experts.

@@ -22,6 +22,7 @@ moesaic_packed_experts packed_experts(const nb::tuple& described) {
   experts.limit = nb::cast<float>(activation[1]), experts.alpha = nb::cast<float>(activation[2]);
   experts.gate_up_bias = at<const float>(biases[0]), experts.down_bias = at<const float>(biases[1]);
   experts.gate_up = packed(described[3]), experts.down = packed(described[4]);
+  experts.slots = at<const int32_t>(described[5]);
   return experts;
 }
 

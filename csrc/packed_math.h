@@ -43,6 +43,10 @@ inline void copy_bias(const float* bias, int64_t count, int64_t room, float* to)
   for (int64_t j = 0; j < room; ++j) to[j] = bias && j < count ? bias[j] : 0.0f;
 }
 
+inline int64_t matrix_of(const moesaic_packed_experts& experts, int64_t expert) {
+  return experts.slots ? experts.slots[expert] : expert;
+}
+
 // Records of a group of `count` hidden units, the first of them number `column`, from gate and up (m, hidden_stride).
 template <class Activation, int G>
 void activate_group(const moesaic_packed_experts& experts, RowRange rows, int64_t column, int64_t count,
@@ -68,7 +72,7 @@ void hidden(const moesaic_packed_experts& experts, RowRange rows, ColumnRange co
   const Scratch scratch(scratch_floats);
   const moesaic_packed& w = experts.gate_up;
   const int64_t F = experts.intermediate_size, G = experts.down.group_size, m = rows.count;
-  const int64_t x_bytes = record_bytes(experts.hidden_size, w.group_size);
+  const int64_t x_bytes = record_bytes(experts.hidden_size, w.group_size), matrix = matrix_of(experts, rows.expert);
   for (int64_t i = 0; i < m; ++i) scratch.records[i] = x_records + experts.plan.tokens[rows.first + i] * x_bytes;
   const bool clamped = experts.activation == MOESAIC_CLAMPED_SWIGLU;
   const auto activate = G == 32 ? (clamped ? activate_group<ClampedSwiglu, 32> : activate_group<Swiglu, 32>)
@@ -76,8 +80,8 @@ void hidden(const moesaic_packed_experts& experts, RowRange rows, ColumnRange co
   for (int64_t j = columns.first; j < columns.first + columns.count; j += G) {
     const int64_t count = smaller(G, columns.first + columns.count - j);
     const PanelRange gate(j, count), up(F + j, count);
-    multiply(w, rows.expert, gate.first, gate.count, scratch.records, m, scratch.gate, hidden_stride, scratch.unpacked);
-    multiply(w, rows.expert, up.first, up.count, scratch.records, m, scratch.up, hidden_stride, scratch.unpacked);
+    multiply(w, matrix, gate.first, gate.count, scratch.records, m, scratch.gate, hidden_stride, scratch.unpacked);
+    multiply(w, matrix, up.first, up.count, scratch.records, m, scratch.up, hidden_stride, scratch.unpacked);
     uint8_t* const to = hidden_records + rows.first * record_bytes(F, G) + record_bytes(j, G);
     activate(experts, rows, j, count, scratch.gate, scratch.up + (F + j) % panel_outputs, to);
   }
@@ -115,7 +119,7 @@ void add_outputs(const moesaic_packed_experts& experts, RowRange rows, ColumnRan
       });
     }
   };
-  for_each_pair(w, rows.expert, bias, rows.count, columns, scratch, add);
+  for_each_pair(w, matrix_of(experts, rows.expert), bias, rows.count, columns, scratch, add);
 }
 
 void linear(const moesaic_packed& w, const float* bias, RowRange tokens, ColumnRange columns, const uint8_t* x_records,

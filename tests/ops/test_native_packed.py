@@ -128,6 +128,48 @@ def test_experts_equal_float64_on_rounded_inputs(
     assert ((y - expected).abs() <= allowed).all()
 
 
+def in_slots(weights: ExpertWeights, number: int) -> ExpertWeights:
+    """The same experts, each in some slot of so many."""
+    slots = torch.randperm(number)[: weights.num_experts]
+
+    def moved(stack: Tensor | PackedWeight) -> PackedWeight:
+        assert isinstance(stack, PackedWeight)
+        data = torch.randint(0, 256, (number, *stack.data.shape[1:]), dtype=torch.uint8)
+        data[slots] = stack.data
+        return replace(stack, data=data)
+
+    return replace(weights, gate_up=moved(weights.gate_up), down=moved(weights.down), slots=slots.int())
+
+
+@pytest.mark.parametrize("instruction_set", [*SETS, "without kernels"])
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_it_does_not_matter_where_an_expert_stands(
+    monkeypatch: pytest.MonkeyPatch, experts: str, instruction_set: str
+) -> None:
+    if instruction_set == "without kernels":
+        without_kernels(monkeypatch)
+        instruction_set = ""
+    x, routing, weights = packed_case(make_case(**CASES["odd"], experts=experts), "int4", 32)
+    expected = packed_experts(x, routing, weights, instruction_set=instruction_set)
+    moved = in_slots(weights, weights.num_experts + 3)
+    assert torch.equal(packed_experts(x, routing, moved, instruction_set=instruction_set), expected)
+    with torch.no_grad():
+        assert torch.equal(packed_experts(x, routing, moved, instruction_set=instruction_set), expected)
+
+
+def test_an_expert_that_stands_nowhere_is_refused() -> None:
+    x, routing, weights = packed_case(make_case(**CASES["odd"]), "int4", 32)
+    moved = in_slots(weights, weights.num_experts)
+    assert moved.slots is not None
+    for slot in (-1, weights.num_experts):
+        wrong = moved.slots.clone()
+        wrong[routing.expert_ids[0]] = slot
+        with pytest.raises(UsageError, match=f"stands in slot {slot} of {weights.num_experts}"):
+            packed_experts(x, routing, replace(moved, slots=wrong))
+    with pytest.raises(UsageError, match=r"slots are torch\.int64"):
+        packed_experts(x, routing, replace(moved, slots=moved.slots.long()))
+
+
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_packed, "native_module", lambda: None)
 
@@ -256,7 +298,7 @@ def test_the_operators_say_the_truth_about_themselves() -> None:
     assert isinstance(weights.down, PackedWeight)
     arguments = (
         x, routing.weights, weights.gate_up.data, weights.down.data, None, None, routing.token_ids, routing.expert_ids,
-        50, ["int4", "int4"], [32, 32], "swiglu", 7.0, 1.7, "",
+        None, 50, ["int4", "int4"], [32, 32], "swiglu", 7.0, 1.7, "",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.moesaic.packed_experts.default, arguments, test_utils=checks)
 

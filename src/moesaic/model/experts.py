@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moesaic.config import ModelConfig
 from moesaic.ops import BACKENDS, Activation, ExpertShape, ExpertWeights, Routing, pick
-from moesaic.ops.expert_store import ExpertStore, combine_rows, rows_in_slots
+from moesaic.ops.expert_store import ExpertStore, combine_rows, routing_of_rows
 from moesaic.ops.permute import rows_with_weighted_inputs, sum_rows_of_tokens
 from moesaic.ops.quantize import PackedWeight, pack
 
@@ -96,16 +96,17 @@ class Experts(nn.Module):
         return self._run(x, routing, self.weights(x.dtype))
 
     def _computed_from_store(self, x: Tensor, routing: Routing) -> Tensor:
-        """Each row alone, and then their sum, so that it does not depend on the order in which experts come."""
+        """Where experts come in several chunks each row alone, and then their sum, in an order of its own."""
         assert self.store is not None
         wide_x = x.float()
         rows_ND = torch.empty(len(routing.expert_ids), self.hidden_size)
         with self.store.chunks(routing.expert_ids) as chunks:
-            for chunk in chunks:
-                slots_N = chunk.slot_of_expert(routing.num_experts)[routing.expert_ids]
-                rows = (slots_N >= 0).nonzero().squeeze(1)
-                in_slots = rows_in_slots(slots_N[rows], chunk.weights.num_experts)
-                rows_ND[rows] = self._run(wide_x[routing.token_ids[rows]], in_slots, chunk.weights)
+            for weights in chunks:
+                assert weights.slots is not None
+                rows = (weights.slots[routing.expert_ids] >= 0).nonzero().squeeze(1)
+                if len(rows) == len(rows_ND):
+                    return self._run(x, routing, weights)
+                rows_ND[rows] = self._run(wide_x[routing.token_ids[rows]], routing_of_rows(routing, rows), weights)
         return combine_rows(rows_ND, routing).to(x.dtype)
 
     def _run(self, x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:

@@ -69,6 +69,7 @@ def packed_experts(x: Tensor, routing: Routing, weights: ExpertWeights, *, instr
         weights.down_bias,
         routing.token_ids,
         routing.expert_ids,
+        weights.slots,
         down.columns,
         [gate_up.format, down.format],
         [gate_up.group_size, down.group_size],
@@ -92,7 +93,7 @@ torch.library.define(
 torch.library.define(
     "moesaic::packed_experts",
     "(Tensor x, Tensor row_weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, Tensor? down_bias,"
-    " Tensor token_ids, Tensor expert_ids, int intermediate_size, str[] formats, int[] group_sizes,"
+    " Tensor token_ids, Tensor expert_ids, Tensor? slots, int intermediate_size, str[] formats, int[] group_sizes,"
     " str activation, float limit, float alpha, str instruction_set) -> Tensor",
 )
 
@@ -126,9 +127,10 @@ def _experts(
     assert isinstance(down, PackedWeight)
     num_tokens, num_rows, num_experts = len(x), len(row_weights), weights.num_experts
     hidden_size, intermediate_size = down.rows, down.columns
+    num_matrices = num_experts if weights.slots is None else len(gate_up.data)
     _require_shapes(
-        ("gate_up", gate_up.data, (num_experts, *gate_up.data.shape[-3:])),
-        ("down", down.data, (num_experts, *down.data.shape[-3:])),
+        ("gate_up", gate_up.data, (num_matrices, *gate_up.data.shape[-3:])),
+        ("down", down.data, (num_matrices, *down.data.shape[-3:])),
         ("gate_up_bias", weights.gate_up_bias, (num_experts, 2 * intermediate_size)),
         ("down_bias", weights.down_bias, (num_experts, hidden_size)),
         ("token_ids", token_ids, (num_rows,)),
@@ -136,6 +138,7 @@ def _experts(
     )
     biases = (weights.gate_up_bias, weights.down_bias)
     _require_device(x, gate_up.data, down.data, *biases, row_weights, token_ids, expert_ids)
+    _require_slots(weights.slots, expert_ids, num_matrices)
     native = _kernels_for(x, instruction_set)
     if native is None:
         nothing = row_weights.new_zeros(()).expand(num_tokens, num_experts)
@@ -176,6 +179,7 @@ def _experts_of_data(
     down_bias: Tensor | None,
     token_ids: Tensor,
     expert_ids: Tensor,
+    slots: Tensor | None,
     intermediate_size: int,
     formats: list[str],
     group_sizes: list[int],
@@ -187,7 +191,7 @@ def _experts_of_data(
     hidden_size = x.shape[1]
     first = PackedWeight(gate_up, 2 * intermediate_size, hidden_size, formats[0], group_sizes[0])
     second = PackedWeight(down, hidden_size, intermediate_size, formats[1], group_sizes[1])
-    weights = ExpertWeights(first, second, gate_up_bias, down_bias, Activation(activation, limit, alpha))
+    weights = ExpertWeights(first, second, gate_up_bias, down_bias, Activation(activation, limit, alpha), slots)
     return _experts(x, row_weights, weights, token_ids, expert_ids, instruction_set)
 
 
@@ -252,7 +256,20 @@ def described_experts(weights: ExpertWeights) -> tuple[object, ...]:
         (address(weights.gate_up_bias), address(weights.down_bias)),
         described(gate_up),
         described(down),
+        address(weights.slots),
     )
+
+
+def _require_slots(slots: Tensor | None, expert_ids: Tensor, number: int) -> None:
+    if slots is None or not len(expert_ids):
+        return
+    if slots.dtype != torch.int32 or not slots.is_contiguous():
+        raise UsageError(f"slots are {slots.dtype} with strides {slots.stride()}; they need to be contiguous int32")
+    if not 0 <= int(expert_ids.min()) <= int(expert_ids.max()) < len(slots):
+        return  # whoever reads the routing says which row is wrong
+    first, last = (int(slot) for slot in slots[expert_ids].aminmax())
+    if not 0 <= first <= last < number:
+        raise UsageError(f"an expert of the routing stands in slot {first if first < 0 else last} of {number}")
 
 
 def _require_shapes(*tensors: tuple[str, Tensor | None, tuple[int, ...]]) -> None:

@@ -1,6 +1,6 @@
 """The weights of a layer's experts, as every backend receives them.
 
-E experts, D hidden size, F expert intermediate size.
+E experts, S slots, D hidden size, F expert intermediate size.
 """
 
 from dataclasses import dataclass
@@ -28,10 +28,13 @@ class ExpertWeights:
     down_bias: Tensor | None = None
     """(E, D); a row's weight multiplies it with the rest of the expert's output."""
     activation: Activation = SWIGLU
+    slots: Tensor | None = None
+    """(E,) int32, where each expert stands in gate_up and down, which then have S matrices; -1 for experts that are not
+    there. None: expert e is matrix e. For packed weights."""
 
     @property
     def num_experts(self) -> int:
-        return len(self.gate_up.data)
+        return len(self.gate_up.data) if self.slots is None else len(self.slots)
 
     @property
     def format(self) -> str:
@@ -44,8 +47,9 @@ class ExpertWeights:
 
     def matrices_of(self, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(2F, D) and (D, F) of one expert; what is packed is unpacked to `dtype`."""
+        place = expert if self.slots is None else int(self.slots[expert])
         gate_up, down = (
-            unpack(stack.of_expert(expert), dtype) if isinstance(stack, PackedWeight) else stack[expert]
+            unpack(stack.of_expert(place), dtype) if isinstance(stack, PackedWeight) else stack[place]
             for stack in (self.gate_up, self.down)
         )
         return gate_up, down

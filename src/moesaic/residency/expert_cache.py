@@ -11,13 +11,12 @@ import mmap
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from time import perf_counter
 
 import torch
-from torch import Tensor
 
 from moesaic.ops import ExpertWeights
-from moesaic.ops.expert_store import ExpertChunk
 from moesaic.ops.quantize import PackedWeight
 from moesaic.residency.file_reader import FileReader
 from moesaic.residency.memory_plan import EXPERTS_PER_CHUNK, shown
@@ -95,43 +94,44 @@ class ExpertCache:
         self.statistics = [CacheStatistics() for _ in layers]
         self._reader = reader
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="moesaic-read")
-        self._likes = layers[0].weights
-        self._memory: dict[str, mmap.mmap] = {}
-        self.weights = self._allocate(num_slots)
+        self.most_slots = num_slots
+        self._memory: list[mmap.mmap] = []
+        self._slots = {name: self._allocate(getattr(layers[0].weights, name)) for name in ("gate_up", "down")}
 
     def resize(self, num_slots: int) -> None:
         """At most to as many slots as at first; memory that they leave goes back to the system."""
         if num_slots == self.table.number:
             return
         self.table.resize(num_slots)
-        for memory in self._memory.values():
-            slot_bytes = len(memory) // self.weights.num_experts
+        for memory in self._memory:
+            slot_bytes = len(memory) // self.most_slots
             first = -(-num_slots * slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
             if first < len(memory):
                 memory.madvise(mmap.MADV_DONTNEED, first, len(memory) - first)
 
-    def chunks(self, layer: int, numbers: Sequence[int]) -> Generator[ExpertChunk, None, None]:
-        """These experts of a layer, as ExpertStore says. To be closed, so that no read goes on."""
+    def chunks(self, layer: int, numbers: Sequence[int], *, at_once: bool) -> Generator[ExpertWeights, None, None]:
+        """These experts of a layer, as ExpertStore says; if possible `at_once`, when all have come. To be closed, so
+        that no read goes on."""
         experts = [(layer, number) for number in numbers]
         present = [expert for expert in experts if expert in self.table]
         reads = _Reads([expert for expert in experts if expert not in self.table])
         statistics = self.statistics[layer]
         statistics.hits += len(present)
         statistics.misses += len(reads.missing)
-        held = [self.table.hold(expert) for expert in present]
+        held = {expert: self.table.hold(expert) for expert in present}
         try:
             self._start(reads)
-            for i in range(0, len(present), EXPERTS_PER_CHUNK):
-                yield self._chunk(present[i : i + EXPERTS_PER_CHUNK], held[i : i + EXPERTS_PER_CHUNK])
-            self._let_go(held)
-            while reads.pending or reads.missing:
+            at_once = at_once and not reads.missing
+            while held or reads.pending or reads.missing:
+                while reads.pending if at_once else not held:
+                    held |= self._arrived(reads, statistics)
+                while held:
+                    chunk = dict(islice(held.items(), None if at_once else EXPERTS_PER_CHUNK))
+                    yield self._weights(layer, chunk)
+                    self._let_go(held, chunk)
                 self._start(reads)
-                arrived = self._wait(reads, statistics)
-                held = [slot for _, slot in arrived]
-                yield self._chunk([expert for expert, _ in arrived], held)
-                self._let_go(held)
         finally:
-            self._let_go(held)
+            self._let_go(held, dict(held))
             self._abandon(reads)
 
     def _start(self, reads: _Reads) -> None:
@@ -140,15 +140,15 @@ class ExpertCache:
             expert = reads.missing.pop(0)
             reads.pending[self._pool.submit(self._read, expert, slot)] = expert, slot
 
-    def _wait(self, reads: _Reads, statistics: CacheStatistics) -> list[tuple[Expert, int]]:
-        """What has arrived, one expert at least. Raises what a read raised."""
+    def _arrived(self, reads: _Reads, statistics: CacheStatistics) -> dict[Expert, int]:
+        """What has come, one expert at least, with its slot. Raises what a read raised."""
         start = perf_counter()
-        done = list(wait(reads.pending, return_when=FIRST_COMPLETED).done)[:EXPERTS_PER_CHUNK]
+        done = wait(reads.pending, return_when=FIRST_COMPLETED).done
         statistics.stall_seconds += perf_counter() - start
         for future in done:
             future.result()
-        arrived = [reads.pending.pop(future) for future in done]
-        for expert, slot in arrived:
+        arrived = dict(reads.pending.pop(future) for future in done)
+        for expert, slot in arrived.items():
             self.table.put(expert, slot)
             statistics.bytes_read += self.layers[expert[0]].expert_bytes
         return arrived
@@ -156,40 +156,30 @@ class ExpertCache:
     def _abandon(self, reads: _Reads) -> None:
         """Reads under way write into their slots, so they have to end first."""
         wait(reads.pending)
-        self._let_go([slot for _, slot in reads.pending.values()])
-        reads.pending.clear()
+        for _, slot in reads.pending.values():
+            self.table.let_go(slot)
 
-    def _let_go(self, held: list[int]) -> None:
-        while held:
-            self.table.let_go(held.pop())
+    def _let_go(self, held: dict[Expert, int], experts: Mapping[Expert, int]) -> None:
+        for expert, slot in experts.items():
+            self.table.let_go(slot)
+            del held[expert]
 
     def _read(self, expert: Expert, slot: int) -> None:
         layer, number = expert
         stored = self.layers[layer]
         for name, extent in stored.extents.items():
-            stack = getattr(self.weights, name)
-            self._reader.read_into(extent.part(number, stored.num_experts), stack.data[slot].view(-1))
-        for name in ("gate_up_bias", "down_bias"):
-            if (bias := getattr(stored.weights, name)) is not None:
-                getattr(self.weights, name)[slot].copy_(bias[number].detach())
+            self._reader.read_into(extent.part(number, stored.num_experts), self._slots[name].data[slot].view(-1))
 
-    def _chunk(self, experts: Sequence[Expert], slots: Sequence[int]) -> ExpertChunk:
-        return ExpertChunk([number for _, number in experts], list(slots), self.weights)
+    def _weights(self, layer: int, chunk: Mapping[Expert, int]) -> ExpertWeights:
+        stored = self.layers[layer]
+        slots = torch.full((stored.num_experts,), -1, dtype=torch.int32)
+        slots[[number for _, number in chunk]] = torch.tensor(list(chunk.values()), dtype=torch.int32)
+        return replace(stored.weights, **self._slots, slots=slots)
 
-    def _allocate(self, num_slots: int) -> ExpertWeights:
+    def _allocate(self, like: PackedWeight) -> PackedWeight:
         """Slots at the start of a page, which take memory when they are first filled."""
-
-        def packed(name: str) -> PackedWeight:
-            like = getattr(self._likes, name)
-            assert isinstance(like, PackedWeight)
-            shape = (num_slots, *like.data.shape[1:])
-            self._memory[name] = memory = mmap.mmap(-1, shape[0] * like.data[0].numel())
-            return replace(like, data=torch.frombuffer(memory, dtype=torch.uint8).view(shape))
-
-        def bias(like: Tensor | None) -> Tensor | None:
-            return None if like is None else like.new_empty(num_slots, *like.shape[1:])
-
-        likes = self._likes
-        return ExpertWeights(
-            packed("gate_up"), packed("down"), bias(likes.gate_up_bias), bias(likes.down_bias), likes.activation
-        )
+        nbytes = self.most_slots * like.data[0].numel()
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory.append(memory)
+        data = torch.frombuffer(memory, dtype=torch.uint8).view(self.most_slots, *like.data.shape[1:])
+        return replace(like, data=data)

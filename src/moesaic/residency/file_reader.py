@@ -138,5 +138,5 @@ _OF_THREAD = threading.local()
 def _staging() -> memoryview:
     """Memory of this thread that starts at a page."""
     if not hasattr(_OF_THREAD, "staging"):
-        _OF_THREAD.staging = memoryview(mmap.mmap(-1, STAGING_BYTES))
+        _OF_THREAD.staging = memoryview(mmap.mmap(-1, STAGING_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     return _OF_THREAD.staging

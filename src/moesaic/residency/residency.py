@@ -10,12 +10,14 @@ from torch import Tensor
 from moesaic.accounting import kv_bytes_per_token
 from moesaic.config import ModelConfig
 from moesaic.model.transformer import Transformer
-from moesaic.ops.expert_store import ExpertChunk
+from moesaic.ops import ExpertWeights
 from moesaic.residency.expert_cache import CacheStatistics, ExpertCache
 from moesaic.residency.memory_plan import ACTIVATIONS, MemoryPlan, activation_bytes, make_plan
 
 PREFILL_TOKENS = 512
 """That a pass takes at most, so that activations have a bound; a longer prompt goes in pieces."""
+FEW_ROWS = 64
+"""Computed in one call, when all their experts have come: calls take longer than such work."""
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Residency:
     def _room_for(self, part: str, nbytes: int) -> Iterator[None]:
         before = self.plan
         plan = make_plan(before.budget, {**before.parts, part: nbytes}, before.slot_bytes, before.num_experts)
-        self._use(replace(plan, slots=min(plan.slots, self.cache.weights.num_experts)))
+        self._use(replace(plan, slots=min(plan.slots, self.cache.most_slots)))
         try:
             yield
         finally:
@@ -66,8 +68,9 @@ class LayerStore:
     residency: Residency
     layer: int
 
-    def chunks(self, expert_ids: Tensor) -> AbstractContextManager[Iterator[ExpertChunk]]:
-        return closing(self.residency.cache.chunks(self.layer, torch.unique(expert_ids).tolist()))
+    def chunks(self, expert_ids: Tensor) -> AbstractContextManager[Iterator[ExpertWeights]]:
+        numbers, few = torch.unique(expert_ids).tolist(), len(expert_ids) <= FEW_ROWS
+        return closing(self.residency.cache.chunks(self.layer, numbers, at_once=few))
 
 
 def residency_of(model: Transformer) -> Residency | None:
