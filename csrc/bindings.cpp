@@ -44,7 +44,7 @@ int experts_backward(const Experts& experts, int threads, const char* instructio
 
 NB_MODULE(_native, module) {
   module.doc() = "C++ CPU kernels of moesaic.";
-  module.attr("interface") = 4;  // rises when a function or its arguments change, and with it ops/instruction_set.py
+  module.attr("interface") = 5;  // rises when a function or its arguments change, and with it ops/instruction_set.py
 
   module.def(
       "instruction_set", [] { return moesaic_instruction_set(); }, "Best instruction-set level of this machine.");
@@ -88,6 +88,7 @@ NB_MODULE(_native, module) {
              nb::arg("instruction_set"), nb::arg("pre_activations"), nb::arg("grad_y"), nb::arg("gradients"),
              "See moesaic_experts_backward in experts.h.");
   bind_block(module);
+  bind_linear(module);
   bind_muon(module);
   bind_packed(module);
   bind_step(module);

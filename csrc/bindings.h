@@ -34,6 +34,7 @@ moesaic_attention_step attention_step(const nb::tuple& described);
 moesaic_router_step router_step(const nb::tuple& described);
 
 void bind_block(nb::module_& module);   // in block_bindings.cpp
+void bind_linear(nb::module_& module);  // in linear_bindings.cpp
 void bind_muon(nb::module_& module);    // in muon_bindings.cpp
 void bind_packed(nb::module_& module);  // in packed_bindings.cpp
 void bind_step(nb::module_& module);    // in step_bindings.cpp

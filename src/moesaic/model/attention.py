@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moesaic.config import ModelConfig
 from moesaic.model.attention_context import AttentionContext
 from moesaic.model.kv_cache import KVCache
+from moesaic.model.linear import Linear
 from moesaic.model.norm import RMSNorm, rms_normalize
 from moesaic.model.rope import rotate
 from moesaic.model.softmax_attention import attend
@@ -28,10 +29,10 @@ class Attention(nn.Module):
         self.scale = config.attention_multiplier or config.head_dim**-0.5
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.q_proj = Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm = _head_norm(config, query_size)
         self.k_norm = _head_norm(config, key_value_size)
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads)) if config.attention_sinks else None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moesaic.config import ModelConfig
 from moesaic.model.attention_context import AttentionContext
+from moesaic.model.linear import Linear
 from moesaic.model.norm import RMSNorm
 from moesaic.model.rope import rotate
 from moesaic.model.rope_scaling import scaling_factor, yarn_mscale
@@ -34,15 +35,15 @@ class LatentAttention(nn.Module):
         self.scale = _softmax_scale(config)
         hidden, bias = config.hidden_size, config.attention_bias
         if mla.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, heads * config.head_dim, bias=False)
+            self.q_proj = Linear(hidden, heads * config.head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, mla.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(hidden, mla.q_lora_rank, bias=bias)
             self.q_a_norm = RMSNorm(mla.q_lora_rank, _LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(mla.q_lora_rank, heads * config.head_dim, bias=False)
-        self.kv_a_proj = nn.Linear(hidden, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=bias)
+            self.q_b_proj = Linear(mla.q_lora_rank, heads * config.head_dim, bias=False)
+        self.kv_a_proj = Linear(hidden, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=bias)
         self.kv_a_norm = RMSNorm(mla.kv_lora_rank, _LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(mla.kv_lora_rank, heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * mla.v_head_dim, hidden, bias=config.attention_output_bias)
+        self.kv_b_proj = Linear(mla.kv_lora_rank, heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False)
+        self.o_proj = Linear(heads * mla.v_head_dim, hidden, bias=config.attention_output_bias)
         self.sinks = nn.Parameter(torch.empty(heads)) if config.attention_sinks else None
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:

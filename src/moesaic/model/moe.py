@@ -10,6 +10,7 @@ from moesaic.config import ModelConfig
 from moesaic.model.dispatch import Dispatcher, LocalDispatcher
 from moesaic.model.experts import Experts
 from moesaic.model.free_experts import FreeExperts
+from moesaic.model.linear import Linear
 from moesaic.model.mlp import MLP
 from moesaic.model.routers import Router, make_router
 from moesaic.model.routing_context import RoutingContext
@@ -34,7 +35,7 @@ class ExpertLayer(nn.Module):
         self.free_experts = FreeExperts(config.hidden_size, moe) if has_outputs else None
         shared_size = moe.shared_intermediate_size
         self.shared_experts = MLP(config.hidden_size, shared_size, config.mlp_bias) if shared_size else None
-        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if moe.shared_expert_gate else None
+        self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False) if moe.shared_expert_gate else None
 
     def forward(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
         """No routed expert sees what the context calls padding."""

@@ -19,11 +19,13 @@ from moesaic.model.block import Block, BlockRouting
 from moesaic.model.depth import DepthBlock
 from moesaic.model.initialize import initialize
 from moesaic.model.kv_cache import KVCache
+from moesaic.model.linear import Linear
 from moesaic.model.moe import ExpertLayer
 from moesaic.model.noise import combine
 from moesaic.model.norm import make_norm
 from moesaic.model.routing_context import RoutingContext
 from moesaic.ops import Choice, Routing, require_known
+from moesaic.ops.native_linear import linear
 
 
 class Transformer(nn.Module):
@@ -48,7 +50,7 @@ class Transformer(nn.Module):
         )
         self.norm = make_norm(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
 
     def init_weights(self, seed: int = 0) -> None:
         """Fill every parameter and buffer, the same for the same seed."""
@@ -147,7 +149,7 @@ class Transformer(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         # A packed model has a head of its own, also where the two are tied.
         has_head = hasattr(self, "lm_head")
-        logits_BLV = self.lm_head(x) if has_head else nn.functional.linear(x, self.embed_tokens.weight)
+        logits_BLV = self.lm_head(x) if has_head else linear(x, self.embed_tokens.weight)
         return logits_BLV if self.config.logits_scaling == 1.0 else logits_BLV / self.config.logits_scaling
 
     def _recorded_choices(self, replay: Sequence[Routing] | None, num_tokens: int) -> dict[int, tuple[Choice, ...]]:
