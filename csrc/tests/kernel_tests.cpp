@@ -10,6 +10,7 @@
 
 #include "bfloat16.h"
 #include "experts.h"
+#include "linear.h"
 #include "random_tests.h"
 #include "thread_pool.h"
 
@@ -252,6 +253,36 @@ void test_layer() {
   }
 }
 
+// A linear layer in bfloat16 with every instruction set.
+void test_linear() {
+  const int64_t T = below(3) ? 1 + below(12) : 1 + below(400), N = 1 + below(150), K = 1 + below(300);
+  const auto drawn = [](int64_t count) {
+    std::normal_distribution<double> normal;
+    Numbers numbers(static_cast<size_t>(count));
+    for (double& one : numbers) one = double(widened(rounded(float(normal(random_bits)))));
+    return numbers;
+  };
+  const Numbers x = drawn(T * K), weight = drawn(N * K), bias = drawn(N);
+  const auto narrow_x = as_elements<BFloat16>(x), narrow_weight = as_elements<BFloat16>(weight);
+  const auto narrow_bias = as_elements<BFloat16>(bias);
+  const bool biased = below(2);
+  Numbers oracle, sizes;
+  for (int64_t i = 0; i < T * N; ++i) {
+    double sum = biased ? bias[size_t(i % N)] : 0, size = sum * sum;
+    for (int64_t k = 0; k < K; ++k) {
+      const double term = x[size_t(i / N * K + k)] * weight[size_t(i % N * K + k)];
+      sum += term, size += term * term;
+    }
+    oracle.push_back(sum), sizes.push_back(size);
+  }
+  const moesaic_linear_layer layer{N, K, narrow_weight.data(), biased ? narrow_bias.data() : nullptr};
+  for (const char* const* name = moesaic_expert_kernels(MOESAIC_FLOAT32); *name; ++name) {
+    std::vector<BFloat16> y(size_t(T * N));
+    expect(moesaic_linear(&layer, narrow_x.data(), T, 1 + int(below(4)), *name, y.data()) == 0, "linear");
+    expect_equal(y, oracle, sizes, 1 / 200., std::string(*name) + ", linear");
+  }
+}
+
 void test_a_wrong_routing_is_refused() {
   const int64_t tokens[] = {0, 1, 2}, experts[] = {0, 4, 1};
   std::vector<int32_t> plan(size_t(moesaic_plan_size(2, 3, 4)));
@@ -297,6 +328,6 @@ int main(int argc, char** argv) {
   const Arguments arguments(argc, argv);
   test_threads_run_every_task_once();
   test_a_wrong_routing_is_refused();
-  for (int64_t i = arguments.get(2, 40); i > 0; --i) test_layer();
+  for (int64_t i = arguments.get(2, 40); i > 0; --i) test_layer(), test_linear();
   return verdict();
 }

@@ -50,7 +50,7 @@ class Transformer(nn.Module):
         )
         self.norm = make_norm(config)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+            self.lm_head: nn.Linear = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
 
     def init_weights(self, seed: int = 0) -> None:
         """Fill every parameter and buffer, the same for the same seed."""
