@@ -1,7 +1,7 @@
 """How much wall clock a sparse model needs to reach the final loss of its dense twin.
 
 Twins have the same attention and equal active FLOPs per token within 2 %, the same tokens in the same order, and the
-same rates. The dense twin trains until it has seen 20 tokens per active parameter, or as many as asked for. The sparse
+same rates. The dense twin trains until it has seen 40 tokens per active parameter, or as many as asked for. The sparse
 one follows a schedule of its own, which is as long as --share says: a rate that falls to zero at the end is part of
 reaching a loss soon, so each must be allowed its own end. Seconds are those of each twin's own training steps, read
 between two evaluations along a straight line; evaluation and saving do not count. The twins take turns of some steps
@@ -352,8 +352,8 @@ def _shown(ratio: float | None) -> str:
 
 FLAGS: tuple[tuple[str, dict[str, object]], ...] = (
     ("--seeds", {"type": positive, "default": 3, "help": "seeds 0 to N-1"}),
-    ("--share", {"type": float, "default": 0.55, "help": "length of the sparse run, as a share of the dense one's"}),
-    ("--tokens-per-parameter", {"type": float, "default": 20.0, "help": "of the dense twin, active ones"}),
+    ("--share", {"type": float, "default": 0.5, "help": "length of the sparse run, as a share of the dense one's"}),
+    ("--tokens-per-parameter", {"type": float, "default": 40.0, "help": "of the dense twin, active ones"}),
     ("--width", {"type": positive, "default": 64, "help": "of the residual stream"}),
     ("--layers", {"type": positive, "default": 3}),
     ("--inner", {"type": positive, "default": 256, "help": "feed-forward units that work for a token"}),
