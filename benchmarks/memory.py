@@ -3,12 +3,13 @@
 The model has OLMoE-1B-7B's layer shape and random weights, so that its routing is random too: the worst case for a
 cache. Each side is a process in a memory cgroup of its own, whose limit is a share of our quantised directory's size,
 page cache included: what a side reads from disk counts as its memory while it is kept. We are told the limit
-(`--memory`), llama.cpp maps its file. Pages are dropped before a side starts. Sides take turns with the same random
-tokens. The limit of decode is the time to read what missed at the rate of the disk and what was used at the rate of
-memory, both measured in the same run. Needs root, for the cgroup.
+(`--memory`), llama.cpp maps its file. The page cache is emptied before the sides of a limit start. Sides take turns
+with the same random tokens. The limit of decode is the time to read what missed at the rate of the disk and what was
+used at the rate of memory, both measured in the same run. Needs root, for the cgroup.
 """
 
 import argparse
+import contextlib
 import os
 import tempfile
 import time
@@ -47,7 +48,7 @@ class Capped:
     """A runner in a memory cgroup: `make` runs inside it."""
 
     def __init__(self, make: Callable[[], Runner], limit: int) -> None:
-        self._group = CGROUPS / f"moesaic-{os.getpid()}"
+        self._group = CGROUPS / f"moesaic-{os.getppid()}-{os.getpid()}"
         self._group.mkdir()
         (self._group / "memory.limit_in_bytes").write_text(str(limit))
         (self._group / "cgroup.procs").write_text(str(os.getpid()))
@@ -95,20 +96,20 @@ class WithinMemory(Ours):
     def decode(self, prompt: Tokens, tokens: Tokens) -> float:
         """Notes what the steps read from disk; the prompt is not one of them."""
         capacity = prompt.shape[1] + tokens.shape[1]
-        with self._residency.room_for_text(capacity):
+        with self._residency.room(cached_tokens=capacity) as room:
             cache = self._cache(1, capacity)
             self.model(torch.from_numpy(prompt), kv=cache, logits_to_keep=1)
-            with self._residency.room_for_pass(tokens=1, logits=1):
-                before, start = self._residency.statistics.bytes_read, time.perf_counter()
-                for step_11 in torch.from_numpy(tokens).T.unsqueeze(2):
-                    self.model(step_11, kv=cache, logits_to_keep=1)
-                seconds = time.perf_counter() - start
+            room.only_decodes()
+            before, start = self._residency.statistics.bytes_read, time.perf_counter()
+            for step_11 in torch.from_numpy(tokens).T.unsqueeze(2):
+                self.model(step_11, kv=cache, logits_to_keep=1)
+            seconds = time.perf_counter() - start
         self._experts_read += self._residency.statistics.bytes_read - before
         self._steps += tokens.shape[1]
         return seconds
 
     def prefill(self, tokens: Tokens) -> float:
-        with self._residency.room_for_text(len(tokens)):
+        with self._residency.room(cached_tokens=len(tokens), pass_tokens=len(tokens)):
             return super().prefill(tokens)
 
     @property
@@ -164,12 +165,14 @@ def _measure_share(
     def random_tokens(*shape: int) -> Tokens:
         return generator.integers(arguments.vocabulary, size=shape)
 
+    os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
     rows = []
     try:
         contest = Contest(sides, arguments.threads).__enter__()
     except RuntimeError as error:
         note(f"{share:.0%}: {error}")
+        _remove_groups()
         return []
     try:
         turns = [(random_tokens(arguments.prefill),) for _ in range(rounds + 1)]
@@ -209,16 +212,20 @@ def _row(work: str, share: float, tokens: int, seconds: dict[str, list], limit: 
 
 
 def _remove_groups() -> None:
-    """Of processes that have ended."""
-    time.sleep(0.5)
-    for group in CGROUPS.glob("moesaic-*"):
-        group.rmdir()
+    """Of our processes, which have ended, or do so in a moment."""
+    for group in CGROUPS.glob(f"moesaic-{os.getpid()}-*"):
+        for _ in range(50):
+            with contextlib.suppress(OSError):
+                group.rmdir()
+                break
+            time.sleep(0.1)
 
 
 def _disk_rate(directory: Path) -> float:
     """Bytes per second that several threads read past the page cache."""
     path = max(directory.glob("*.safetensors"), key=lambda file: file.stat().st_size)
-    extents = [Extent(path, offset, DISK_SAMPLE) for offset in range(0, 128 * DISK_SAMPLE, DISK_SAMPLE)]
+    whole = path.stat().st_size // DISK_SAMPLE
+    extents = [Extent(path, number * DISK_SAMPLE, DISK_SAMPLE) for number in range(min(whole, 128))]
     reader = FileReader(direct=True)
     targets = [torch.empty(DISK_SAMPLE, dtype=torch.uint8) for _ in range(8)]
     start = time.perf_counter()

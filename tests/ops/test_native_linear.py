@@ -75,3 +75,19 @@ def test_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(UsageError, match="no native kernels for 'mmx' here"):
         native_linear(torch.ones(1, 8).bfloat16(), torch.ones(4, 8).bfloat16(), instruction_set="mmx")
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", ["other inputs", "bias of one", "bias of another type", "a weight with gaps"])
+def test_what_does_not_fit_is_left_to_torch_and_refused_by_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setattr(subject, "_kernels_are_faster", lambda: True)
+    x, weight, bias = torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16(), torch.randn(4).bfloat16()
+    x = x[:, :4] if case == "other inputs" else x
+    weight = weight.mT.contiguous().mT if case == "a weight with gaps" else weight
+    bias = {"bias of one": bias[:1], "bias of another type": bias.float()}.get(case, bias)
+    with torch.no_grad():
+        assert not is_served(x, weight, bias)
+        with pytest.raises(UsageError, match=r"they need to be bfloat16 \(\.\.\., K\), \(N, K\) and \(N,\)"):
+            native_linear(x, weight, bias)

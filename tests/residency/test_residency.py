@@ -1,6 +1,8 @@
 """Models whose experts are on disk against the same in memory, and what happens when the disk fails."""
 
+import gc
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,20 +106,108 @@ def test_what_fits_is_read_once(tmp_path: Path) -> None:
     assert again.hits == first.misses
 
 
-def test_keys_and_values_take_the_place_of_experts(tmp_path: Path) -> None:
-    directory = quantized(tmp_path)
-    model = moesaic.load(directory, memory="64GiB")
-    found = residency(model)
-    assert found.plan.slots == 24
+@pytest.fixture
+def tight(tmp_path: Path) -> Residency:
+    """Of a model whose budget is exactly what it has, all its experts, and a prefill."""
+    found = residency(moesaic.load(quantized(tmp_path), memory="64GiB"))
     found.plan = replace(found.plan, budget=sum(found.plan.parts.values()) + 24 * found.plan.slot_bytes)
-    kv_bytes = 3 * 2 * 32 * 4  # layers, keys and values, width, bytes
-    with found.room_for_text(tokens=2 * found.plan.slot_bytes // kv_bytes):
-        assert found.plan.slots == found.cache.table.number == 22
-    assert found.plan.slots == found.cache.table.number == 24
-    with pytest.raises(UsageError, match=r"MiB keys and values of 1,000,000 tokens"), found.room_for_text(10**6):
+    return found
+
+
+KV_BYTES = 3 * 2 * 32 * 4  # layers, keys and values, width, bytes
+
+
+def test_keys_and_values_take_the_place_of_experts(tight: Residency) -> None:
+    assert tight.plan.slots == 24
+    with tight.room(cached_tokens=20):
+        assert tight.plan.slots == tight.cache.table.number < 24
+        assert tight.plan.parts["keys and values of 20 tokens"] == 20 * KV_BYTES
+    assert tight.plan.slots == tight.cache.table.number == 24
+    with pytest.raises(UsageError, match=r"keys and values of 1,000,000 tokens"), tight.room(cached_tokens=10**6):
         pass
-    with pytest.raises(UsageError, match=r"GiB activations .* less text"), found.room_for_pass(10**6, 1):
+    with pytest.raises(UsageError, match=r"GiB activations .* less text"), tight.room(pass_tokens=10**6):
         pass
+    assert tight.plan.slots == 24
+
+
+def test_rooms_may_open_and_close_in_any_order(tight: Residency) -> None:
+    prefill = tight.plan.parts["activations"]
+    first, second = tight.room(cached_tokens=30), tight.room(cached_tokens=30)
+    one = first.__enter__()
+    one.only_decodes()
+    assert tight.plan.parts["activations"] < prefill
+    second.__enter__()
+    assert tight.plan.parts["activations"] >= prefill
+    assert tight.plan.parts["keys and values of 60 tokens"] == 60 * KV_BYTES
+    first.__exit__(None, None, None)
+    assert tight.plan.parts["keys and values of 30 tokens"] == 30 * KV_BYTES
+    second.__exit__(None, None, None)
+    assert tight.plan.parts["activations"] == prefill
+    assert tight.plan.slots == 24
+
+
+def test_threads_share_a_model(tmp_path: Path, with_slots: Callable[[Path, int], Transformer]) -> None:
+    model = with_slots(quantized(tmp_path), 3)
+    inputs = [torch.randint(0, 257, (1, 30)) for _ in range(4)]
+    alone = [model(tokens) for tokens in inputs]
+    together: dict[int, list[bool]] = {}
+
+    def compute(number: int) -> None:
+        together[number] = [torch.equal(model(inputs[number]), alone[number]) for _ in range(10)]
+
+    threads = [threading.Thread(target=compute, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == dict.fromkeys(range(4), [True] * 10)
+
+
+@pytest.mark.parametrize(("name", "slots"), [("claim", 4), ("put", 4), ("let_go", 4), ("hold", 24)])
+def test_an_interrupted_pass_leaves_the_cache_as_it_was(
+    tmp_path: Path,
+    with_slots: Callable[[Path, int], Transformer],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    slots: int,
+) -> None:
+    model, tokens = with_slots(quantized(tmp_path), slots), torch.randint(0, 257, (1, 40))
+    expected = model(tokens)
+    table = residency(model).cache.table
+    real = getattr(table, name)
+
+    def interrupted(*arguments: object) -> None:
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(table, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model(tokens)
+    monkeypatch.setattr(table, name, real)
+    with residency(model).room(cached_tokens=10):
+        assert torch.equal(model(tokens), expected)
+
+
+def test_a_model_that_is_replaced_on_disk_goes_on_from_the_old_files(
+    tmp_path: Path, with_slots: Callable[[Path, int], Transformer]
+) -> None:
+    directory, other = quantized(tmp_path / "one"), quantized(tmp_path / "other")
+    in_memory, on_disk = moesaic.load(directory), with_slots(directory, 4)
+    os.replace(other / "model.safetensors", directory / "model.safetensors")
+    tokens = torch.arange(40).unsqueeze(0)
+    assert torch.equal(on_disk(tokens), in_memory(tokens))
+
+
+def test_files_are_closed_with_the_model(tmp_path: Path) -> None:
+    directory = quantized(tmp_path)
+    opened = []
+    for _ in range(3):
+        model = moesaic.load(directory, memory="64GiB")
+        model(torch.arange(5).unsqueeze(0))
+        del model
+        gc.collect()
+        opened.append(len(os.listdir("/proc/self/fd")))
+    assert opened[0] == opened[-1]
 
 
 def damaged(directory: Path, how: str) -> None:

@@ -12,7 +12,6 @@ from moesaic.residency.expert_cache import ExpertCache, StoredExperts
 from moesaic.residency.file_reader import FileReader
 from moesaic.residency.memory_plan import ACTIVATIONS, SLACK_BYTES, activation_bytes, make_plan, process_bytes
 from moesaic.residency.residency import PREFILL_TOKENS, LayerStore, Residency
-from moesaic.residency.slots import POLICIES
 from moesaic.residency.stored_embedding import StoredEmbedding
 from moesaic.weight_reader import WeightDirectory
 
@@ -30,9 +29,12 @@ def load_within(model: Transformer, stored: HFDirectory, dtype: torch.dtype, bud
     like = model.state_dict()
     stored.check(like)
     layers = _stored_experts(model, weights)
+    reader = FileReader()
+    for extent in (extent for layer in layers for extent in layer.extents.values()):
+        reader.open(extent)
     if hasattr(model, "lm_head"):  # else the head multiplies with all of the embedding
-        rows, columns = like[EMBEDDING].shape
-        embedding = StoredEmbedding(weights.extent(EMBEDDING), (rows, columns), weights.dtype(EMBEDDING), dtype)
+        extent, (rows, columns) = weights.extent(EMBEDDING), like[EMBEDDING].shape
+        embedding = StoredEmbedding(extent, (rows, columns), weights.dtype(EMBEDDING), dtype)
         setattr(model, EMBEDDING.partition(".")[0], embedding)
     dtypes = stored.dtypes(like, dtype)
     resident = model.state_dict()
@@ -48,8 +50,9 @@ def load_within(model: Transformer, stored: HFDirectory, dtype: torch.dtype, bud
     plan = make_plan(budget, parts, *experts)
     most_slots = make_plan(budget, {**parts, ACTIVATIONS: 0}, *experts).slots
     model.load_state_dict(stored.read(resident, dtype, torch.device("cpu")), assign=True)
-    cache = ExpertCache(_with_biases(layers, model), most_slots, POLICIES["lru"](), _probed_reader(layers))
+    cache = ExpertCache(_with_biases(layers, model), most_slots, reader)
     cache.resize(plan.slots)
+    _probe(reader, layers)
     residency = Residency(plan, cache, model.config, dtype)
     for number, layer in enumerate(model.moe_layers):
         layer.experts.store = LayerStore(residency, number)
@@ -77,9 +80,8 @@ def _with_biases(layers: list[StoredExperts], model: Transformer) -> list[Stored
     return [filled(stored, layer.experts) for stored, layer in zip(layers, model.moe_layers, strict=True)]
 
 
-def _probed_reader(layers: list[StoredExperts]) -> FileReader:
-    """Reads in the way that was faster for the first experts of some layers."""
-    reader = FileReader()
-    experts = [layer.extents["gate_up"].part(index, layer.num_experts) for index in range(2) for layer in layers]
-    reader.probe(experts[:PROBED_EXPERTS])
-    return reader
+def _probe(reader: FileReader, layers: list[StoredExperts]) -> None:
+    """Reads in the way that is faster for some experts of each layer."""
+    numbers = range(0, layers[0].num_experts, max(1, layers[0].num_experts // PROBED_EXPERTS))
+    stacks = [(layer.extents["gate_up"], layer.num_experts) for layer in layers[:4]]
+    reader.probe([extent.part(number, count) for number in numbers for extent, count in stacks])

@@ -17,7 +17,7 @@ from moesaic.engine.sampler import Sampler
 from moesaic.errors import UsageError
 from moesaic.model.kv_cache import KVCache
 from moesaic.model.transformer import Transformer
-from moesaic.residency.residency import PREFILL_TOKENS, residency_of
+from moesaic.residency.residency import PREFILL_TOKENS, Room, residency_of
 from moesaic.tokenizer import Tokenizer
 
 
@@ -86,14 +86,19 @@ def stream(
     _require_room(model, len(prompt_ids), config.max_tokens)
     capacity = len(prompt_ids) + config.max_tokens
     residency = residency_of(model)
-    with nullcontext() if residency is None else residency.room_for_text(capacity):
-        yield from _stream(model, tokenizer, prompt_ids, config, generation)
+    with nullcontext() if residency is None else residency.room(cached_tokens=capacity) as room:
+        yield from _stream(model, tokenizer, prompt_ids, config, generation, room)
 
 
 def _stream(
-    model: Transformer, tokenizer: Tokenizer, prompt_ids: list[int], config: SamplingConfig, generation: Generation
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt_ids: list[int],
+    config: SamplingConfig,
+    generation: Generation,
+    room: Room | None,
 ) -> Iterator[str]:
-    next_logits, residency = _Continuation(model, capacity=len(prompt_ids) + config.max_tokens), residency_of(model)
+    next_logits = _Continuation(model, capacity=len(prompt_ids) + config.max_tokens)
     generation.prompt_tokens = len(prompt_ids)
     sampler, decoder = Sampler(config), tokenizer.decoder()
     end_ids = set(model.config.eos_token_ids) or {tokenizer.eos_id}
@@ -102,17 +107,18 @@ def _stream(
     token_id = sampler.draw(next_logits.after(prompt_ids))
     generation.prefill_seconds = time.perf_counter() - start
 
-    with nullcontext() if residency is None else residency.room_for_pass(tokens=1, logits=1):
-        while token_id not in end_ids:
-            generation.token_ids.append(token_id)
-            piece = decoder.push(token_id)
-            generation.text += piece
-            yield piece
-            if len(generation.token_ids) == config.max_tokens:
-                break
-            start = time.perf_counter()
-            token_id = sampler.draw(next_logits.after([token_id]))
-            generation.decode_seconds += time.perf_counter() - start
+    if room is not None:
+        room.only_decodes()
+    while token_id not in end_ids:
+        generation.token_ids.append(token_id)
+        piece = decoder.push(token_id)
+        generation.text += piece
+        yield piece
+        if len(generation.token_ids) == config.max_tokens:
+            break
+        start = time.perf_counter()
+        token_id = sampler.draw(next_logits.after([token_id]))
+        generation.decode_seconds += time.perf_counter() - start
     rest = decoder.flush()
     generation.text += rest
     yield rest

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moesaic.errors import UsageError
 from moesaic.ops.instruction_set import cpu_features, native_module
 from moesaic.ops.native import native_instruction_sets
 from moesaic.ops.native_call import address, is_plain_call, native, raise_for
@@ -31,15 +32,21 @@ def is_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.device.type == weight.device.type == "cpu"
         and _kernels_are_faster()
         and is_plain_call(x)
-        and weight.is_contiguous()
-        and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
         and x.numel() > 0
         and weight.numel() > 0
+        and _fit(x, weight, bias)
     )
 
 
 def native_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, instruction_set: str = "") -> Tensor:
-    """What `is_served` says; `instruction_set` forces one of `native_instruction_sets()`, for tests."""
+    """What `is_served` says; `instruction_set` forces one of `native_instruction_sets()`, for tests.
+
+    Raises UsageError for tensors that are not bfloat16 on the CPU, contiguous (but x), and of fitting shapes.
+    """
+    if not _fit(x, weight, bias):
+        told = ", ".join(f"{each.dtype} {tuple(each.shape)}" for each in (x, weight, bias) if each is not None)
+        needed = "bfloat16 (..., K), (N, K) and (N,) on the CPU, the weight and the bias without gaps"
+        raise UsageError(f"x, weight and bias are {told}; they need to be {needed}")
     rows = x.reshape(-1, weight.shape[1]).contiguous()
     y = x.new_empty(*x.shape[:-1], len(weight))
     sizes = len(rows), *weight.shape
@@ -49,6 +56,19 @@ def native_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, inst
     )
     raise_for(status, instruction_set, native_instruction_sets)
     return y
+
+
+def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """The kernels trust addresses and sizes."""
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    return (
+        weight.ndim == 2
+        and x.ndim > 0
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and all(each.dtype == torch.bfloat16 and each.device.type == "cpu" for each in tensors)
+        and all(each.is_contiguous() for each in tensors[1:])
+    )
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from threading import Lock
 from time import perf_counter
 
 import torch
@@ -20,7 +21,7 @@ from moesaic.ops import ExpertWeights
 from moesaic.ops.quantize import PackedWeight
 from moesaic.residency.file_reader import FileReader
 from moesaic.residency.memory_plan import EXPERTS_PER_CHUNK, shown
-from moesaic.residency.slots import Expert, Policy, SlotTable
+from moesaic.residency.slots import Expert, SlotTable
 from moesaic.safetensors_file import Extent
 
 READERS = 8
@@ -78,7 +79,7 @@ class StoredExperts:
 class _Reads:
     """Experts on their way, with the slots that wait for them."""
 
-    missing: list[Expert]
+    missing: list[Expert] = field(default_factory=list)
     pending: dict[Future[None], tuple[Expert, int]] = field(default_factory=dict)
 
 
@@ -88,51 +89,60 @@ class ExpertCache:
     Raises MoesaicError, in `chunks`, for an expert that cannot be read; those in the cache stay good.
     """
 
-    def __init__(self, layers: Sequence[StoredExperts], num_slots: int, policy: Policy, reader: FileReader) -> None:
+    def __init__(self, layers: Sequence[StoredExperts], num_slots: int, reader: FileReader) -> None:
         self.layers = layers
-        self.table = SlotTable(num_slots, policy)
+        self.table = SlotTable(num_slots)
         self.statistics = [CacheStatistics() for _ in layers]
         self._reader = reader
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="moesaic-read")
+        self._one_pass = Lock()
         self.most_slots = num_slots
         self._memory: list[mmap.mmap] = []
         self._slots = {name: self._allocate(getattr(layers[0].weights, name)) for name in ("gate_up", "down")}
 
     def resize(self, num_slots: int) -> None:
         """At most to as many slots as at first; memory that they leave goes back to the system."""
-        if num_slots == self.table.number:
-            return
-        self.table.resize(num_slots)
-        for memory in self._memory:
-            slot_bytes = len(memory) // self.most_slots
-            first = -(-num_slots * slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-            if first < len(memory):
-                memory.madvise(mmap.MADV_DONTNEED, first, len(memory) - first)
+        with self._one_pass:
+            if num_slots == self.table.number:
+                return
+            self.table.resize(num_slots)
+            for memory in self._memory:
+                slot_bytes = len(memory) // self.most_slots
+                first = -(-num_slots * slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+                if first < len(memory):
+                    memory.madvise(mmap.MADV_DONTNEED, first, len(memory) - first)
 
     def chunks(self, layer: int, numbers: Sequence[int], *, at_once: bool) -> Generator[ExpertWeights, None, None]:
         """These experts of a layer, as ExpertStore says; if possible `at_once`, when all have come. To be closed, so
-        that no read goes on."""
+        that no read goes on; until then nobody else has the cache."""
+        with self._one_pass:
+            reads = _Reads()
+            try:
+                yield from self._chunks(reads, layer, numbers, at_once)
+            finally:
+                wait(reads.pending)  # they write into their slots
+                self.table.end_pass()
+
+    def _chunks(
+        self, reads: _Reads, layer: int, numbers: Sequence[int], at_once: bool
+    ) -> Generator[ExpertWeights, None, None]:
         experts = [(layer, number) for number in numbers]
-        present = [expert for expert in experts if expert in self.table]
-        reads = _Reads([expert for expert in experts if expert not in self.table])
+        ready = {expert: self.table.hold(expert) for expert in experts if expert in self.table}
+        reads.missing = [expert for expert in experts if expert not in ready]
         statistics = self.statistics[layer]
-        statistics.hits += len(present)
+        statistics.hits += len(ready)
         statistics.misses += len(reads.missing)
-        held = {expert: self.table.hold(expert) for expert in present}
-        try:
+        self._start(reads)
+        at_once = at_once and not reads.missing
+        while ready or reads.pending:
+            if reads.pending and (at_once or not ready):
+                ready |= self._arrived(reads, statistics)
+                continue
+            chunk = dict(islice(ready.items(), None if at_once else EXPERTS_PER_CHUNK))
+            yield self._weights(layer, chunk)
+            self.table.let_go(chunk.values())
+            ready = {expert: slot for expert, slot in ready.items() if expert not in chunk}
             self._start(reads)
-            at_once = at_once and not reads.missing
-            while held or reads.pending or reads.missing:
-                while reads.pending if at_once else not held:
-                    held |= self._arrived(reads, statistics)
-                while held:
-                    chunk = dict(islice(held.items(), None if at_once else EXPERTS_PER_CHUNK))
-                    yield self._weights(layer, chunk)
-                    self._let_go(held, chunk)
-                self._start(reads)
-        finally:
-            self._let_go(held, dict(held))
-            self._abandon(reads)
 
     def _start(self, reads: _Reads) -> None:
         """As many reads as there are slots to be had."""
@@ -152,17 +162,6 @@ class ExpertCache:
             self.table.put(expert, slot)
             statistics.bytes_read += self.layers[expert[0]].expert_bytes
         return arrived
-
-    def _abandon(self, reads: _Reads) -> None:
-        """Reads under way write into their slots, so they have to end first."""
-        wait(reads.pending)
-        for _, slot in reads.pending.values():
-            self.table.let_go(slot)
-
-    def _let_go(self, held: dict[Expert, int], experts: Mapping[Expert, int]) -> None:
-        for expert, slot in experts.items():
-            self.table.let_go(slot)
-            del held[expert]
 
     def _read(self, expert: Expert, slot: int) -> None:
         layer, number = expert

@@ -4,10 +4,12 @@ Neither is faster everywhere. Through the cache a part that was read before may 
 the disk writes straight into the target, and nothing else has to leave. So `FileReader.probe` measures.
 """
 
+import errno
 import mmap
 import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +25,7 @@ STAGING_BYTES = 2**20
 
 
 class FileReader:
-    """Files stay open, and threads may share a reader.
+    """Files stay open from `open` or the first read on, and threads may share a reader.
 
     Raises MoesaicError for files that cannot be read, were cut short, or changed since they were opened.
     """
@@ -33,22 +35,21 @@ class FileReader:
         self._files: dict[Path, _File] = {}
         self._opening = threading.Lock()
 
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files = {}
+    def open(self, extent: Extent) -> None:
+        """From now on the file has to stay what it is, wherever its name leads."""
+        self._file(extent.path)
 
     def read_into(self, extent: Extent, target: Tensor) -> None:
         """Fills the contiguous uint8 CPU tensor `target`, as long as the extent."""
         file = self._file(extent.path)
         file.require_unchanged()
-        if self.direct and file.direct is not None:
-            file.read_past_cache(extent, target)
-        else:
+        if not (self.direct and file.read_past_cache(extent, target)):
             file.read_through_cache(extent.offset, target.numpy().data)
 
     def probe(self, extents: Sequence[Extent]) -> float:
         """Chooses the faster way, from reading half of the extents in each; returns its bytes per second."""
+        for extent in extents:
+            self._file(extent.path).drop_from_cache(extent)  # a file just written would look fast
         speeds = {}
         for direct in (False, True):
             self.direct = direct
@@ -80,12 +81,14 @@ class _File:
                 self.direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
             except OSError:  # some file systems have no such thing
                 self.direct = None
-        self._seen = self._state()
-
-    def close(self) -> None:
         for descriptor in (self._descriptor, self.direct):
             if descriptor is not None:
-                os.close(descriptor)
+                weakref.finalize(self, os.close, descriptor)
+        self._seen = self._state()
+
+    def drop_from_cache(self, extent: Extent) -> None:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
 
     def require_unchanged(self) -> None:
         size, modified = self._state()
@@ -96,13 +99,22 @@ class _File:
     def read_through_cache(self, offset: int, memory: memoryview) -> None:
         self._fill(self._descriptor, offset, memory)
 
-    def read_past_cache(self, extent: Extent, target: Tensor) -> None:
-        assert self.direct is not None
+    def read_past_cache(self, extent: Extent, target: Tensor) -> bool:
+        """False where this file system does not do so."""
+        try:
+            self._read_past_cache(extent, target)
+        except _NotPossible:
+            self.direct = None
+        return self.direct is not None
+
+    def _read_past_cache(self, extent: Extent, target: Tensor) -> None:
+        if self.direct is None:
+            raise _NotPossible
+        memory = target.numpy().data
         if extent.offset % PAGE == extent.nbytes % PAGE == target.data_ptr() % PAGE == 0:
-            self._fill(self.direct, extent.offset, target.numpy().data)
+            self._fill(self.direct, extent.offset, memory)
             return
-        memory, staging = target.numpy().data, _staging()
-        done = 0
+        staging, done = _staging(), 0
         while done < extent.nbytes:
             offset = extent.offset + done
             first = offset % PAGE
@@ -119,6 +131,8 @@ class _File:
             try:
                 count = os.preadv(descriptor, [memory[done:]], offset + done)
             except OSError as error:
+                if error.errno == errno.EINVAL and descriptor == self.direct:
+                    raise _NotPossible from error
                 raise MoesaicError(f"cannot read {self.path} at byte {offset + done:,}: {error.strerror}") from error
             if count == 0:
                 raise MoesaicError(
@@ -130,6 +144,10 @@ class _File:
     def _state(self) -> tuple[int, int]:
         status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
+
+
+class _NotPossible(Exception):
+    """The page cache cannot be passed by."""
 
 
 _OF_THREAD = threading.local()

@@ -27,7 +27,7 @@ SLACK_BYTES = 32 * 2**20
 
 def parse_bytes(text: str | int) -> int:
     """8GiB, 8GB, 8G (as GiB), 512MiB, or a number of bytes. Raises UsageError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", str(text))
     units = {name.upper(): factor for name, factor in UNITS.items()}
     if match is None or match[2].upper() not in units or not float(match[1]):
         raise UsageError(f"memory {text!r} is not a size; write it like 8GiB, 500MB or 2.5GiB")
@@ -35,6 +35,8 @@ def parse_bytes(text: str | int) -> int:
 
 
 def shown(nbytes: float) -> str:
+    if nbytes < 2**20:
+        return f"{nbytes / 2**10:.0f} KiB"
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f} MiB"
 
 
@@ -75,15 +77,23 @@ def make_plan(budget: int, parts: Mapping[str, int], slot_bytes: int, num_expert
     return MemoryPlan(budget, parts, min((budget - fixed) // slot_bytes, num_experts), slot_bytes, num_experts)
 
 
-def activation_bytes(config: ModelConfig, tokens: int, logits: int) -> int:
+def activation_bytes(config: ModelConfig, tokens: int, logits: int, context: int = 0) -> int:
     """Of a pass over so many tokens, about: the residual stream and what a layer makes of it, the rows of all its
-    experts' outputs, what those of one chunk compute, and so many rows of logits."""
+    experts' outputs, what those of one chunk compute, and so many rows of logits. With a `context` its keys and values
+    are spread over all heads, and there is a mask."""
     moe = config.moe
     assert moe is not None
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     chunk = min(1.0, 2 * EXPERTS_PER_CHUNK / moe.num_experts)  # twice its share, for experts that are asked for more
     rows = moe.num_experts_per_tok * (1 + 2 * chunk) * config.hidden_size
-    return int(4 * (tokens * (12 * config.hidden_size + 2 * heads + rows) + logits * config.vocab_size))
+    spread = 2 * config.num_attention_heads * _head_size(config) + tokens if tokens > 1 else 0
+    numbers = tokens * (12 * config.hidden_size + 2 * heads + rows) + logits * config.vocab_size + context * spread
+    return int(4 * numbers)
+
+
+def _head_size(config: ModelConfig) -> int:
+    mla = config.mla
+    return config.head_dim if mla is None else max(mla.qk_nope_head_dim + mla.qk_rope_head_dim, mla.v_head_dim)
 
 
 def process_bytes() -> int:

@@ -20,45 +20,66 @@ FEW_ROWS = 64
 """Computed in one call, when all their experts have come: calls take longer than such work."""
 
 
-@dataclass
-class Residency:
-    """What is in memory now, and how often what was needed was not; `residency_of` finds a model's."""
+@dataclass(eq=False)
+class Room:
+    """Memory that a text or a pass has beside the experts."""
 
-    plan: MemoryPlan
-    cache: ExpertCache
-    config: ModelConfig
-    dtype: torch.dtype
+    residency: "Residency"
+    cached_tokens: int
+    """Of which keys and values are kept."""
+    pass_tokens: int
+    """That are computed at the same time, at most."""
+    logits: int
+    """Rows of logits that a pass makes."""
+
+    def only_decodes(self) -> None:
+        """From now on one token at a time: the rest of its memory is for experts."""
+        self.pass_tokens = 1
+        self.residency.plan_anew()
+
+
+class Residency:
+    """What is in memory, and how often what was needed was not; `residency_of` finds a model's."""
+
+    def __init__(self, plan: MemoryPlan, cache: ExpertCache, config: ModelConfig, dtype: torch.dtype) -> None:
+        self.plan, self.cache = plan, cache
+        self._config, self._dtype = config, str(dtype).removeprefix("torch.")
+        self._fixed = {name: nbytes for name, nbytes in plan.parts.items() if name != ACTIVATIONS}
+        self._rooms: list[Room] = []
 
     @property
     def statistics(self) -> CacheStatistics:
         """Of all layers together, since the model was loaded."""
         return sum(self.cache.statistics, CacheStatistics())
 
-    def room_for_text(self, tokens: int) -> AbstractContextManager[None]:
-        """Keys and values of so many tokens may be in memory within it; so fewer experts are.
+    @contextmanager
+    def room(self, *, cached_tokens: int = 0, pass_tokens: int = PREFILL_TOKENS, logits: int = 1) -> Iterator[Room]:
+        """Within it there is room for this beside the experts, of which fewer may be in memory. Several may be open.
 
         Raises UsageError, with the numbers, where there is not so much room.
         """
-        dtype = str(self.dtype).removeprefix("torch.")
-        return self._room_for(f"keys and values of {tokens:,} tokens", tokens * kv_bytes_per_token(self.config, dtype))
-
-    def room_for_pass(self, tokens: int, logits: int) -> AbstractContextManager[None]:
-        """Room for passes over so many tokens, which compute so many logits, in the place of PREFILL_TOKENS."""
-        return self._room_for(ACTIVATIONS, activation_bytes(self.config, tokens, logits))
-
-    @contextmanager
-    def _room_for(self, part: str, nbytes: int) -> Iterator[None]:
-        before = self.plan
-        plan = make_plan(before.budget, {**before.parts, part: nbytes}, before.slot_bytes, before.num_experts)
-        self._use(replace(plan, slots=min(plan.slots, self.cache.most_slots)))
+        room = Room(self, cached_tokens, pass_tokens, logits)
+        self._rooms.append(room)
         try:
-            yield
+            self.plan_anew()
+            yield room
         finally:
-            self._use(before)
+            self._rooms.remove(room)
+            self.plan_anew()
 
-    def _use(self, plan: MemoryPlan) -> None:
-        self.plan = plan
-        self.cache.resize(plan.slots)
+    def plan_anew(self) -> None:
+        """As all rooms that are open have it."""
+        rooms = self._rooms or [Room(self, 0, PREFILL_TOKENS, 1)]
+        cached = sum(room.cached_tokens for room in rooms)
+        parts = {**self._fixed, ACTIVATIONS: max(map(self._activation_bytes, rooms))}
+        if cached:
+            parts[f"keys and values of {cached:,} tokens"] = cached * kv_bytes_per_token(self._config, self._dtype)
+        plan = make_plan(self.plan.budget, parts, self.plan.slot_bytes, self.plan.num_experts)
+        self.plan = replace(plan, slots=min(plan.slots, self.cache.most_slots))
+        self.cache.resize(self.plan.slots)
+
+    def _activation_bytes(self, room: Room) -> int:
+        return activation_bytes(self._config, room.pass_tokens, room.logits, room.cached_tokens)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ class StoredEmbedding(nn.Module):
         super().__init__()
         self._extent, self._shape, self._stored, self._dtype = extent, shape, stored, dtype
         self._reader = FileReader()
+        self._reader.open(extent)
 
     @property
     def weight(self) -> Tensor:
@@ -26,7 +27,8 @@ class StoredEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         ids, places = tokens.unique(return_inverse=True)
         if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < self._shape[0]:
-            raise IndexError(f"token {int(ids[0])} or {int(ids[-1])} is not one of {self._shape[0]:,}")
+            wrong = int(ids[(ids < 0) | (ids >= self._shape[0])][0])
+            raise IndexError(f"there is no token {wrong}; there are {self._shape[0]:,}")
         rows = torch.empty(len(ids), self._shape[1], dtype=self._stored)
         for row, number in zip(rows, ids.tolist(), strict=True):
             self._reader.read_into(self._extent.part(number, self._shape[0]), row.view(torch.uint8))

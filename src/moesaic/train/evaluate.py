@@ -75,13 +75,15 @@ def evaluate(
             domains_B = torch.zeros_like(domains_B)
         routings: list[Routing] = []
         tokens_BL, targets_BL = tokens_BL.to(device), targets_BL.to(device)
-        with (
-            nullcontext() if residency is None else residency.room_for_pass(tokens_BL.numel(), tokens_BL.numel()),
-            model.evaluating(),
-            torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
-        ):
-            logits_BLV = model(tokens_BL, routings=routings)
-        nats += float(functional.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="sum"))
+        size = targets_BL.numel()  # the loss makes the logits once more
+        with nullcontext() if residency is None else residency.room(pass_tokens=size, logits=2 * size):
+            with (
+                model.evaluating(),
+                torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16),
+            ):
+                logits_TV = model(tokens_BL, routings=routings).flatten(0, 1)
+            nats += float(functional.cross_entropy(logits_TV.float(), targets_BL.flatten(), reduction="sum"))
+            del logits_TV
         tokens += targets_BL.numel()
         text_bytes += int(token_bytes[targets_BL.flatten().cpu()].sum())
         statistics.add(routings, model)
