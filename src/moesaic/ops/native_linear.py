@@ -20,16 +20,13 @@ from moesaic.ops.native_call import address, is_plain_call, native, raise_for
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., K) times weight (N, K), transposed, plus bias (N,): by the kernels where they serve, else by torch."""
-    if is_served(x, weight, bias):
-        return native_linear(x, weight, bias)
-    return functional.linear(x, weight, bias)
+    return _run(x, weight, bias) if is_served(x, weight, bias) else functional.linear(x, weight, bias)
 
 
 def is_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernels compute it: plain inference in bfloat16, on a CPU that has wide registers and no products."""
     return (
-        x.dtype == weight.dtype == torch.bfloat16
-        and x.device.type == weight.device.type == "cpu"
+        x.dtype == torch.bfloat16
         and _kernels_are_faster()
         and is_plain_call(x)
         and x.numel() > 0
@@ -39,7 +36,7 @@ def is_served(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def native_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, instruction_set: str = "") -> Tensor:
-    """What `is_served` says; `instruction_set` forces one of `native_instruction_sets()`, for tests.
+    """By the kernels, whatever is faster; `instruction_set` forces one of `native_instruction_sets()`, for tests.
 
     Raises UsageError for tensors that are not bfloat16 on the CPU, contiguous (but x), and of fitting shapes.
     """
@@ -47,6 +44,10 @@ def native_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, inst
         told = ", ".join(f"{each.dtype} {tuple(each.shape)}" for each in (x, weight, bias) if each is not None)
         needed = "bfloat16 (..., K), (N, K) and (N,) on the CPU, the weight and the bias without gaps"
         raise UsageError(f"x, weight and bias are {told}; they need to be {needed}")
+    return _run(x, weight, bias, instruction_set)
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, instruction_set: str = "") -> Tensor:
     rows = x.reshape(-1, weight.shape[1]).contiguous()
     y = x.new_empty(*x.shape[:-1], len(weight))
     sizes = len(rows), *weight.shape
