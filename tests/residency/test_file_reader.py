@@ -83,5 +83,5 @@ def test_the_probe_decides_and_reads_no_part_twice(file: tuple[Path, bytes], mon
         real(extent, target)
 
     monkeypatch.setattr(reader, "read_into", noted)
-    assert reader.probe([Extent(file[0], PAGE * index, PAGE) for index in range(4)]) > 0
+    reader.probe([Extent(file[0], PAGE * index, PAGE) for index in range(4)])
     assert seen == [(False, 0), (False, 2 * PAGE), (True, PAGE), (True, 3 * PAGE)]

@@ -46,8 +46,8 @@ class FileReader:
         if not (self.direct and file.read_past_cache(extent, target)):
             file.read_through_cache(extent.offset, target.numpy().data)
 
-    def probe(self, extents: Sequence[Extent]) -> float:
-        """Chooses the faster way, from reading half of the extents in each; returns its bytes per second."""
+    def probe(self, extents: Sequence[Extent]) -> None:
+        """Chooses the faster way, from reading half of the extents in each."""
         for extent in extents:
             self._file(extent.path).drop_from_cache(extent)  # a file just written would look fast
         speeds = {}
@@ -59,7 +59,6 @@ class FileReader:
                 read += extent.nbytes
             speeds[direct] = read / max(time.perf_counter() - start, 1e-9)
         self.direct = speeds[True] > speeds[False]
-        return speeds[self.direct]
 
     def _file(self, path: Path) -> "_File":
         with self._opening:
@@ -131,7 +130,7 @@ class _File:
             try:
                 count = os.preadv(descriptor, [memory[done:]], offset + done)
             except OSError as error:
-                if error.errno == errno.EINVAL and descriptor == self.direct:
+                if error.errno == errno.EINVAL and descriptor != self._descriptor:
                     raise _NotPossible from error
                 raise MoesaicError(f"cannot read {self.path} at byte {offset + done:,}: {error.strerror}") from error
             if count == 0:
