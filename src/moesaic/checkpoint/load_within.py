@@ -8,9 +8,10 @@ from moesaic.checkpoint.hf_directory import HFDirectory
 from moesaic.errors import UsageError
 from moesaic.model.experts import Experts
 from moesaic.model.transformer import Transformer
+from moesaic.ops.device import resident_bytes
 from moesaic.residency.expert_cache import ExpertCache, StoredExperts
 from moesaic.residency.file_reader import FileReader
-from moesaic.residency.memory_plan import ACTIVATIONS, SLACK_BYTES, activation_bytes, make_plan, process_bytes
+from moesaic.residency.memory_plan import ACTIVATIONS, SLACK_BYTES, activation_bytes, make_plan
 from moesaic.residency.residency import PREFILL_TOKENS, LayerStore, Residency
 from moesaic.residency.stored_embedding import StoredEmbedding
 from moesaic.weight_reader import WeightDirectory
@@ -39,7 +40,7 @@ def load_within(model: Transformer, stored: HFDirectory, dtype: torch.dtype, bud
     dtypes = stored.dtypes(like, dtype)
     resident = model.state_dict()
     parts = {
-        "the process": process_bytes() + SLACK_BYTES,
+        "the process": resident_bytes() + SLACK_BYTES,
         "weights of all but the experts": sum(
             tensor.numel() * dtypes[name].itemsize for name, tensor in resident.items()
         ),

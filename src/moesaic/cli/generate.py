@@ -32,7 +32,8 @@ def generate(
     json_output
         One JSON object with text, token_ids and speeds.
     """
-    from moesaic.engine.generate import Generation, peak_bytes, stream
+    from moesaic.engine.generate import Generation, stream
+    from moesaic.ops.device import peak_bytes
     from moesaic.residency.residency import residency_of
 
     sampling_config = sampling.to_config()

@@ -3,8 +3,6 @@
 L prompt tokens, V vocabulary.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -152,12 +150,6 @@ class _Continuation:
     def _logits_after(self, ids: list[int]) -> torch.Tensor:
         with self._model.evaluating():
             return self._model(torch.tensor([ids], device=self._device), kv=self._kv, logits_to_keep=1)[0, -1]
-
-
-def peak_bytes() -> int:
-    """Largest resident set of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def require_causal(model: Transformer, config: SamplingConfig) -> None:

@@ -5,6 +5,8 @@ import ctypes
 import functools
 import os
 import platform
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,3 +104,18 @@ def measured_matmul_peak(device: str, dtype: torch.dtype, size: int = 1536, seco
 def memory_bytes() -> int:
     """Main memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_bytes() -> int:
+    """Largest resident set of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int:
+    """Resident set of this process now; where the system does not tell, the largest so far."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_bytes()
+    return pages * resource.getpagesize()

@@ -1,11 +1,8 @@
 """What a model takes of a memory budget, part by part, and how many experts fit beside it."""
 
-import os
 import re
-import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from moesaic.config import ModelConfig
 from moesaic.errors import UsageError
@@ -94,12 +91,3 @@ def activation_bytes(config: ModelConfig, tokens: int, logits: int, context: int
 def _head_size(config: ModelConfig) -> int:
     mla = config.mla
     return config.head_dim if mla is None else max(mla.qk_nope_head_dim + mla.qk_rope_head_dim, mla.v_head_dim)
-
-
-def process_bytes() -> int:
-    """What this process has in memory now."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # not Linux: what it once had
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
-    return pages * resource.getpagesize()
