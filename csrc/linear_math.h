@@ -8,7 +8,7 @@
 namespace {
 
 inline int64_t linear_scratch_size(int64_t tokens, int64_t outputs, int64_t inputs) {
-  const int64_t few = tokens * inputs, many = blocked_size(tokens, 1) + int64_t(block_width) * panel_width;
+  const int64_t few = smaller(tokens, few_rows) * inputs, many = blocked_size(tokens, 1) + int64_t(block_width) * panel_width;
   return tokens * outputs + larger(few, many);
 }
 
