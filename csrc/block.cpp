@@ -33,43 +33,22 @@ int apply(const moesaic_packed_layer& layer, const float* x, int64_t rows, int t
   return moesaic_packed_linear(&layer.weight, layer.bias, x, rows, threads, best, y);
 }
 
-// The experts of x (T, D) that the router chooses, times their weights, summed into y (T, D).
-int route_and_compute(const moesaic_block_step& block, const float* x, int64_t T, int threads, float* logits,
-                      float* weights, float* y) {
-  const int64_t E = block.router.num_experts, K = block.router.top_k, N = T * K;
-  std::vector<int64_t> ids(size_t(2 * N));  // of the experts, then of the tokens
-  std::vector<int32_t> plan(size_t(moesaic_plan_size(T, N, E)));
-  moesaic_router_step router = block.router;
-  router.num_tokens = T;
-  router.x = x;
-  if (const int status = moesaic_route(&router, threads, best, logits, ids.data(), weights)) return status;
-  for (int64_t n = 0; n < N; ++n) ids[size_t(N + n)] = n / K;
-  moesaic_make_plan(ids.data() + N, ids.data(), T, N, E, plan.data());
-  moesaic_packed_experts experts = block.experts;
-  experts.num_tokens = T;
-  experts.num_rows = N;
-  experts.plan = moesaic_plan_view(plan.data(), T, N, E);
-  experts.x = x;
-  experts.row_weights = weights;
-  return moesaic_packed_experts_forward(&experts, threads, best, y);
-}
+int64_t tokens_of(const moesaic_block_step& block) { return block.attention.batch_size * block.attention.num_new; }
 
 }  // namespace
 
-extern "C" int moesaic_block(const moesaic_block_step* block, const float* x, int threads, float* y) try {
+extern "C" int moesaic_block_attend(const moesaic_block_step* block, const float* x, int threads, float* y,
+                                    float* normed) try {
   moesaic_attention_step attention = block->attention;
-  const moesaic_router_step& router = block->router;
-  const int64_t T = attention.batch_size * attention.num_new, D = router.hidden_size;
+  const int64_t T = tokens_of(*block), D = block->router.hidden_size;
   const int64_t queries = T * attention.num_heads * attention.head_dim;
   const int64_t keys = T * attention.num_key_value_heads * attention.head_dim;
   thread_local Buffer kept;
-  float* const memory = kept.room_for(2 * T * D + 2 * queries + 2 * keys + T * (router.num_experts + router.top_k));
+  float* const memory = kept.room_for(T * D + 2 * queries + 2 * keys);
   if (!memory) return -2;
   Arrays arrays(memory);
-  float *const normed = arrays.take(T * D), *const update = arrays.take(T * D);
-  float *const query = arrays.take(queries), *const attended = arrays.take(queries);
+  float *const update = arrays.take(T * D), *const query = arrays.take(queries), *const attended = arrays.take(queries);
   float *const key = arrays.take(keys), *const value = arrays.take(keys);
-  float *const logits = arrays.take(T * router.num_experts), *const weights = arrays.take(T * router.top_k);
 
   int status = moesaic_rms_norm(x, block->attention_norm, T, D, block->norm_eps, threads, best, normed);
   if (!status) status = apply(block->query, normed, T, threads, query);
@@ -82,11 +61,60 @@ extern "C" int moesaic_block(const moesaic_block_step* block, const float* x, in
   if (!status) status = apply(block->output, attended, T, threads, update);
   if (status) return status;
   add(x, block->residual, update, T * D, y);
+  return moesaic_rms_norm(y, block->feed_forward_norm, T, D, block->norm_eps, threads, best, normed);
+} catch (const std::bad_alloc&) {
+  return -2;
+}
 
-  status = moesaic_rms_norm(y, block->feed_forward_norm, T, D, block->norm_eps, threads, best, normed);
-  if (!status) status = route_and_compute(*block, normed, T, threads, logits, weights, update);
-  if (!status) add(y, block->residual, update, T * D, y);
-  return status;
+extern "C" int moesaic_block_route(const moesaic_block_step* block, const float* normed, int threads, float* logits,
+                                   int64_t* expert_ids, float* weights, int32_t* plan) try {
+  moesaic_router_step router = block->router;
+  const int64_t T = tokens_of(*block), N = T * router.top_k;
+  router.num_tokens = T;
+  router.x = normed;
+  if (const int status = moesaic_route(&router, threads, best, logits, expert_ids, weights)) return status;
+  std::vector<int64_t> token_ids(static_cast<size_t>(N));
+  for (int64_t n = 0; n < N; ++n) token_ids[size_t(n)] = n / router.top_k;
+  moesaic_make_plan(token_ids.data(), expert_ids, T, N, router.num_experts, plan);
+  return 0;
+} catch (const std::bad_alloc&) {
+  return -2;
+}
+
+extern "C" int moesaic_block_finish(const moesaic_block_step* block, const int32_t* plan, const float* rows,
+                                    const float* weights, int threads, float* update, float* y) {
+  const int64_t T = tokens_of(*block), D = block->router.hidden_size, N = T * block->router.top_k;
+  const moesaic_plan view = moesaic_plan_view(plan, T, N, block->router.num_experts);
+  if (const int status = moesaic_sum_rows(&view, T, N, D, rows, weights, threads, best, update)) return status;
+  add(y, block->residual, update, T * D, y);
+  return 0;
+}
+
+extern "C" int moesaic_block(const moesaic_block_step* block, const float* x, int threads, float* y) try {
+  const int64_t T = tokens_of(*block), D = block->router.hidden_size, E = block->router.num_experts;
+  const int64_t N = T * block->router.top_k;
+  thread_local Buffer kept;
+  float* const memory = kept.room_for(2 * T * D + T * E + N);
+  if (!memory) return -2;
+  Arrays arrays(memory);
+  float *const normed = arrays.take(T * D), *const update = arrays.take(T * D);
+  float *const logits = arrays.take(T * E), *const weights = arrays.take(N);
+  std::vector<int64_t> expert_ids(static_cast<size_t>(N));
+  std::vector<int32_t> plan(static_cast<size_t>(moesaic_plan_size(T, N, E)));
+
+  if (const int status = moesaic_block_attend(block, x, threads, y, normed)) return status;
+  if (const int status = moesaic_block_route(block, normed, threads, logits, expert_ids.data(), weights, plan.data())) {
+    return status;
+  }
+  moesaic_packed_experts experts = block->experts;
+  experts.num_tokens = T;
+  experts.num_rows = N;
+  experts.plan = moesaic_plan_view(plan.data(), T, N, E);
+  experts.x = normed;
+  experts.row_weights = weights;
+  if (const int status = moesaic_packed_experts_forward(&experts, threads, best, update)) return status;
+  add(y, block->residual, update, T * D, y);
+  return 0;
 } catch (const std::bad_alloc&) {
   return -2;
 }

@@ -31,6 +31,21 @@ typedef struct {
 // times num_new. Returns what the functions of step.h and packed.h return.
 int moesaic_block(const moesaic_block_step* block, const float* x, int threads, float* y);
 
+// The same in three steps, for experts that have to be fetched when it is known which; they come between the second and the
+// third as moesaic_packed_experts_rows. `experts` is not read.
+//
+// y (T, D) = x plus attention of its norm; normed (T, D) is the norm of that, for the experts.
+int moesaic_block_attend(const moesaic_block_step* block, const float* x, int threads, float* y, float* normed);
+
+// What the router says of normed (T, D): logits (T, E), expert_ids and weights (T, K), and the plan of these T K assignments,
+// moesaic_plan_size() int32.
+int moesaic_block_route(const moesaic_block_step* block, const float* normed, int threads, float* logits,
+                        int64_t* expert_ids, float* weights, int32_t* plan);
+
+// y (T, D) += the rows (T K, D) of the experts, times their weights, by way of update (T, D).
+int moesaic_block_finish(const moesaic_block_step* block, const int32_t* plan, const float* rows, const float* weights,
+                         int threads, float* update, float* y);
+
 #ifdef __cplusplus
 }
 #endif

@@ -71,14 +71,74 @@ int64_t columns_of_task(int64_t columns, int threads) {
   return std::min(std::max<int64_t>(part, 2 * panel_outputs), most_columns_of_task);
 }
 
+// The rows of the experts that are there.
 std::vector<RowRange> chunks_of(const moesaic_packed_experts& experts) {
   std::vector<RowRange> chunks;
   for (int64_t e = 0; e < experts.num_experts; ++e) {
+    if (experts.slots && experts.slots[e] < 0) continue;
     const int64_t first = experts.plan.expert_offsets[e];
     const Parts parts(experts.plan.expert_offsets[e + 1] - first, most_packed_rows);
     for (int64_t c = 0; c < parts.number; ++c) chunks.push_back({e, first + parts.start(c), parts.size(c)});
   }
   return chunks;
+}
+
+// Records of the tokens of these rows.
+void round_tokens(const PackedKernels& kernels, const moesaic_packed_experts& experts,
+                  const std::vector<RowRange>& chunks, int threads, uint8_t* records) {
+  const int64_t T = experts.num_tokens, D = experts.hidden_size, bytes = record_bytes(D, experts.gate_up.group_size);
+  std::vector<uint8_t> is_needed(static_cast<size_t>(T));
+  for (const RowRange& rows : chunks) {
+    for (int64_t i = 0; i < rows.count; ++i) is_needed[size_t(experts.plan.tokens[rows.first + i])] = 1;
+  }
+  const Parts tasks(T, rows_of_rounding_task);
+  parallel(T * D < numbers_worth_a_thread ? 1 : threads, tasks.number, [&](int64_t task, int) {
+    for (int64_t t = tasks.start(task); t < tasks.start(task + 1); ++t) {
+      if (!is_needed[size_t(t)]) continue;
+      kernels.round_row(experts.x + t * D, D, experts.gate_up.group_size, records + t * bytes);
+    }
+  });
+}
+
+// Both products of these rows. `outputs` says where what they give is added, and with what weights: at its plan's tokens of
+// y, which zero(columns) has cleared.
+template <class Zero>
+int multiply_rows(const moesaic_packed_experts& experts, const std::vector<RowRange>& chunks,
+                  const moesaic_packed_experts& outputs, int threads, const char* instruction_set, const Zero& zero,
+                  float* y) {
+  const int64_t D = experts.hidden_size, F = experts.intermediate_size;
+  const moesaic_packed &gate_up = experts.gate_up, &down = experts.down;
+  const PackedKernels* kernels = usable_kernels().named(instruction_set);
+  if (!kernels) return -1;
+  if (!known_format(gate_up) || !known_format(down) || gate_up.rows != 2 * F || gate_up.columns != D ||
+      down.rows != D || down.columns != F) {
+    return -3;
+  }
+  const int64_t x_bytes = experts.num_tokens * record_bytes(D, gate_up.group_size);
+  const Records records(x_bytes + experts.num_rows * record_bytes(F, down.group_size));
+  if (!records.get()) return -2;
+  uint8_t* const hidden = records.get() + x_bytes;
+  round_tokens(*kernels, experts, chunks, threads, records.get());
+
+  const int64_t parts = divide_up(F, hidden_of_task);
+  const auto first_product = [&](int64_t index, float* scratch) {
+    const int64_t first = index % parts * hidden_of_task;
+    const ColumnRange columns{first, std::min(hidden_of_task, F - first)};
+    kernels->hidden(experts, chunks[size_t(index / parts)], columns, records.get(), hidden, scratch);
+  };
+  if (!parallel_with_scratch(threads, int64_t(chunks.size()) * parts, kernels->scratch_size, first_product)) return -2;
+
+  const int64_t width = columns_of_task(D, threads);
+  const auto second_product = [&](int64_t index, float* scratch) {
+    const ColumnRange columns{index * width, std::min(width, D - index * width)};
+    zero(columns);
+    for (const RowRange& rows : chunks) kernels->add_outputs(outputs, rows, columns, hidden, y, scratch);
+  };
+  return parallel_with_scratch(threads, divide_up(D, width), kernels->scratch_size, second_product) ? 0 : -2;
+}
+
+void clear(float* y, int64_t row, int64_t D, ColumnRange columns) {
+  std::memset(y + row * D + columns.first, 0, size_t(columns.count) * sizeof(float));
 }
 
 }  // namespace
@@ -91,38 +151,44 @@ extern "C" int64_t moesaic_packed_bytes(int64_t rows, int64_t columns, int64_t g
 
 extern "C" int moesaic_packed_experts_forward(const moesaic_packed_experts* experts, int threads,
                                               const char* instruction_set, float* y) try {
-  const int64_t T = experts->num_tokens, D = experts->hidden_size, F = experts->intermediate_size;
-  const moesaic_packed &gate_up = experts->gate_up, &down = experts->down;
-  const PackedKernels* kernels = usable_kernels().named(instruction_set);
-  if (!kernels) return -1;
-  if (!known_format(gate_up) || !known_format(down) || gate_up.rows != 2 * F || gate_up.columns != D ||
-      down.rows != D || down.columns != F) {
-    return -3;
-  }
-  const std::vector<RowRange> chunks = chunks_of(*experts);
-  const int64_t x_bytes = T * record_bytes(D, gate_up.group_size);
-  const Records records(x_bytes + experts->num_rows * record_bytes(F, down.group_size));
-  if (!records.get()) return -2;
-  uint8_t* const hidden = records.get() + x_bytes;
-  round_rows(*kernels, experts->x, T, D, gate_up.group_size, threads, records.get());
-
-  const int64_t parts = divide_up(F, hidden_of_task);
-  const auto first_product = [&](int64_t index, float* scratch) {
-    const int64_t first = index % parts * hidden_of_task;
-    const ColumnRange columns{first, std::min(hidden_of_task, F - first)};
-    kernels->hidden(*experts, chunks[size_t(index / parts)], columns, records.get(), hidden, scratch);
+  const auto zero = [&](ColumnRange columns) {
+    for (int64_t t = 0; t < experts->num_tokens; ++t) clear(y, t, experts->hidden_size, columns);
   };
-  if (!parallel_with_scratch(threads, int64_t(chunks.size()) * parts, kernels->scratch_size, first_product)) return -2;
-
-  const int64_t width = columns_of_task(D, threads);
-  const auto second_product = [&](int64_t index, float* scratch) {
-    const ColumnRange columns{index * width, std::min(width, D - index * width)};
-    for (int64_t t = 0; t < T; ++t) std::memset(y + t * D + columns.first, 0, size_t(columns.count) * sizeof(float));
-    for (const RowRange& rows : chunks) kernels->add_outputs(*experts, rows, columns, hidden, y, scratch);
-  };
-  return parallel_with_scratch(threads, divide_up(D, width), kernels->scratch_size, second_product) ? 0 : -2;
+  return multiply_rows(*experts, chunks_of(*experts), *experts, threads, instruction_set, zero, y);
 } catch (const std::bad_alloc&) {
   return -2;
+}
+
+extern "C" int moesaic_packed_experts_rows(const moesaic_packed_experts* experts, int threads,
+                                           const char* instruction_set, float* rows) try {
+  const std::vector<RowRange> chunks = chunks_of(*experts);
+  moesaic_packed_experts outputs = *experts;
+  outputs.plan.tokens = experts->plan.assignments;
+  outputs.row_weights = nullptr;
+  const auto zero = [&](ColumnRange columns) {
+    for (const RowRange& chunk : chunks) {
+      const int32_t* const assignments = experts->plan.assignments + chunk.first;
+      for (int64_t i = 0; i < chunk.count; ++i) clear(rows, assignments[i], experts->hidden_size, columns);
+    }
+  };
+  return multiply_rows(*experts, chunks, outputs, threads, instruction_set, zero, rows);
+} catch (const std::bad_alloc&) {
+  return -2;
+}
+
+extern "C" int moesaic_sum_rows(const moesaic_plan* plan, int64_t num_tokens, int64_t num_rows, int64_t hidden_size,
+                                const float* rows, const float* row_weights, int threads, const char* instruction_set,
+                                float* y) {
+  const PackedKernels* kernels = usable_kernels().named(instruction_set);
+  if (!kernels) return -1;
+  const int64_t width = columns_of_task(hidden_size, threads);
+  const int work = num_rows * hidden_size < numbers_worth_a_thread ? 1 : threads;
+  parallel(work, divide_up(hidden_size, width), [&](int64_t index, int) {
+    const ColumnRange columns{index * width, std::min(width, hidden_size - index * width)};
+    for (int64_t t = 0; t < num_tokens; ++t) clear(y, t, hidden_size, columns);
+    kernels->add_rows(*plan, num_rows, hidden_size, columns, rows, row_weights, y);
+  });
+  return 0;
 }
 
 extern "C" int moesaic_packed_linear(const moesaic_packed* weight, const float* bias, const float* x, int64_t num_tokens,

@@ -52,6 +52,16 @@ typedef struct {
 int moesaic_packed_experts_forward(const moesaic_packed_experts* experts, int threads, const char* instruction_set,
                                    float* y);
 
+// Half of it, for experts that come in several parts: what the expert of each assignment gives, before its weight, in rows
+// (N, D). Assignments whose expert is not there (slots[e] < 0) leave theirs as it is. Returns as above.
+int moesaic_packed_experts_rows(const moesaic_packed_experts* experts, int threads, const char* instruction_set,
+                                float* rows);
+
+// The other half: y (T, D), the rows (N, D) times their weights, summed in the order of the experts; bit for bit what
+// moesaic_packed_experts_forward gives. Returns 0, or -1 as above.
+int moesaic_sum_rows(const moesaic_plan* plan, int64_t num_tokens, int64_t num_rows, int64_t hidden_size,
+                     const float* rows, const float* row_weights, int threads, const char* instruction_set, float* y);
+
 // y (T, rows) = x (T, columns) times the transposed matrix, plus the bias (rows) unless that is NULL. Returns as above.
 int moesaic_packed_linear(const moesaic_packed* weight, const float* bias, const float* x, int64_t num_tokens, int threads,
                           const char* instruction_set, float* y);

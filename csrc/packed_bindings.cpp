@@ -36,14 +36,28 @@ int packed_linear(nb::tuple weight, uintptr_t bias, uintptr_t x, int64_t num_tok
                                at<float>(y));
 }
 
-int packed_experts_forward(nb::tuple described, int64_t num_tokens, int64_t num_rows, uintptr_t plan, uintptr_t x,
-                           uintptr_t row_weights, int threads, const char* instruction_set, uintptr_t y) {
+using Forward = int (*)(const moesaic_packed_experts*, int, const char*, float*);
+
+// moesaic_packed_experts_forward or moesaic_packed_experts_rows.
+template <Forward forward>
+int packed_experts_with(nb::tuple described, int64_t num_tokens, int64_t num_rows, uintptr_t plan, uintptr_t x,
+                        uintptr_t row_weights, int threads, const char* instruction_set, uintptr_t y) {
   moesaic_packed_experts experts = packed_experts(described);
   experts.num_tokens = num_tokens, experts.num_rows = num_rows;
   experts.plan = moesaic_plan_view(at<const int32_t>(plan), num_tokens, num_rows, experts.num_experts);
   experts.x = at<const float>(x), experts.row_weights = at<const float>(row_weights);
   nb::gil_scoped_release unlocked;
-  return moesaic_packed_experts_forward(&experts, threads, instruction_set, at<float>(y));
+  return forward(&experts, threads, instruction_set, at<float>(y));
+}
+
+int sum_rows(uintptr_t plan, nb::tuple sizes, uintptr_t rows, uintptr_t row_weights, int threads,
+             const char* instruction_set, uintptr_t y) {
+  const auto size = [&](int i) { return nb::cast<int64_t>(sizes[i]); };
+  const int64_t num_tokens = size(0), num_rows = size(1), num_experts = size(2), hidden_size = size(3);
+  const moesaic_plan view = moesaic_plan_view(at<const int32_t>(plan), num_tokens, num_rows, num_experts);
+  nb::gil_scoped_release unlocked;
+  return moesaic_sum_rows(&view, num_tokens, num_rows, hidden_size, at<const float>(rows), at<const float>(row_weights),
+                          threads, instruction_set, at<float>(y));
 }
 
 }  // namespace
@@ -55,7 +69,14 @@ void bind_packed(nb::module_& module) {
              nb::arg("bits"), "Bytes of one packed matrix.");
   module.def("packed_linear", &packed_linear, nb::arg("weight"), nb::arg("bias"), nb::arg("x"), nb::arg("num_tokens"),
              nb::arg("threads"), nb::arg("instruction_set"), nb::arg("y"), "See moesaic_packed_linear in packed.h.");
-  module.def("packed_experts_forward", &packed_experts_forward, nb::arg("experts"), nb::arg("num_tokens"),
-             nb::arg("num_rows"), nb::arg("plan"), nb::arg("x"), nb::arg("row_weights"), nb::arg("threads"),
-             nb::arg("instruction_set"), nb::arg("y"), "See moesaic_packed_experts_forward in packed.h.");
+  module.def("packed_experts_forward", &packed_experts_with<moesaic_packed_experts_forward>, nb::arg("experts"),
+             nb::arg("num_tokens"), nb::arg("num_rows"), nb::arg("plan"), nb::arg("x"), nb::arg("row_weights"),
+             nb::arg("threads"), nb::arg("instruction_set"), nb::arg("y"),
+             "See moesaic_packed_experts_forward in packed.h.");
+  module.def("packed_experts_rows", &packed_experts_with<moesaic_packed_experts_rows>, nb::arg("experts"),
+             nb::arg("num_tokens"), nb::arg("num_rows"), nb::arg("plan"), nb::arg("x"), nb::arg("row_weights"),
+             nb::arg("threads"), nb::arg("instruction_set"), nb::arg("rows"),
+             "See moesaic_packed_experts_rows in packed.h, which needs no row_weights.");
+  module.def("sum_rows", &sum_rows, nb::arg("plan"), nb::arg("sizes"), nb::arg("rows"), nb::arg("row_weights"),
+             nb::arg("threads"), nb::arg("instruction_set"), nb::arg("y"), "See moesaic_sum_rows in packed.h.");
 }

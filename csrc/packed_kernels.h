@@ -44,9 +44,14 @@ struct PackedKernels {
   void (*hidden)(const moesaic_packed_experts& experts, RowRange rows, ColumnRange columns, const uint8_t* x_records,
                  uint8_t* hidden_records, float* scratch);
 
-  // Adds what these rows give to these columns of y (T, D), which start at multiples of panel_outputs.
+  // Adds what these rows give to these columns of y (T, D), which start at multiples of panel_outputs. Without row_weights
+  // each weighs 1.
   void (*add_outputs)(const moesaic_packed_experts& experts, RowRange rows, ColumnRange columns,
                       const uint8_t* hidden_records, float* y, float* scratch);
+
+  // Adds these columns of all rows (N, D), times their weights, to those of y (T, D), in the plan's order.
+  void (*add_rows)(const moesaic_plan& plan, int64_t num_rows, int64_t hidden_size, ColumnRange columns,
+                   const float* rows, const float* row_weights, float* y);
 
   // These columns, likewise, of the tokens' rows of y (T, weight.rows). `tokens.expert` means nothing here.
   void (*linear)(const moesaic_packed& weight, const float* bias, RowRange tokens, ColumnRange columns,

@@ -110,7 +110,8 @@ void add_outputs(const moesaic_packed_experts& experts, RowRange rows, ColumnRan
   const float* const bias = experts.down_bias ? experts.down_bias + rows.expert * D : nullptr;
   const auto add = [&](int64_t column, int64_t count, const float* outputs, const float* biases) {
     for (int64_t i = 0; i < rows.count; ++i) {
-      const Vector weight = Vector::fill(experts.row_weights[experts.plan.assignments[rows.first + i]]);
+      const float* const weights = experts.row_weights;
+      const Vector weight = Vector::fill(weights ? weights[experts.plan.assignments[rows.first + i]] : 1.0f);
       float* const to = y + experts.plan.tokens[rows.first + i] * D + column;
       const float* const from = outputs + i * pair_outputs;
       for_each_vector(count, [&](int64_t j, int some) {
@@ -120,6 +121,19 @@ void add_outputs(const moesaic_packed_experts& experts, RowRange rows, ColumnRan
     }
   };
   for_each_pair(w, matrix_of(experts, rows.expert), bias, rows.count, columns, scratch, add);
+}
+
+void add_rows(const moesaic_plan& plan, int64_t num_rows, int64_t hidden_size, ColumnRange columns, const float* rows,
+              const float* row_weights, float* y) {
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const int64_t n = plan.assignments[i];
+    const Vector weight = Vector::fill(row_weights[n]);
+    const float* const from = rows + n * hidden_size + columns.first;
+    float* const to = y + plan.tokens[i] * hidden_size + columns.first;
+    for_each_vector(columns.count, [&](int64_t j, int some) {
+      store(multiply_add(weight, load(from + j, some), load(to + j, some)), to + j, some);
+    });
+  }
 }
 
 void linear(const moesaic_packed& w, const float* bias, RowRange tokens, ColumnRange columns, const uint8_t* x_records,
@@ -139,6 +153,6 @@ void linear(const moesaic_packed& w, const float* bias, RowRange tokens, ColumnR
   for_each_pair(w, 0, bias, tokens.count, columns, scratch, write);
 }
 
-constexpr PackedKernels packed_kernels{Scratch::size(), round_row, hidden, add_outputs, linear};
+constexpr PackedKernels packed_kernels{Scratch::size(), round_row, hidden, add_outputs, add_rows, linear};
 
 }  // namespace

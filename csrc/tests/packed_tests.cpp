@@ -7,61 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "block.h"
-#include "random_tests.h"
+#include "packed_matrices.h"
 
 namespace {
-
-// Matrices (count, N, K) of random codes, and what they stand for.
-struct Packed {
-  int64_t count, N, K, G, bits;
-  std::vector<int8_t> table;
-  std::vector<uint8_t> data;
-  std::vector<double> weights;
-
-  Packed(int64_t count_, int64_t N_, int64_t K_) : count(count_), N(N_), K(K_), G(32 << below(2)), bits(4 << below(2)) {
-    for (int i = 0; i < 16; ++i) table.push_back(int8_t(below(8) ? below(255) - 127 : below(2) ? -128 : 127));
-    const int64_t bytes = moesaic_packed_bytes(N, K, G, bits);
-    data.resize(size_t(count * bytes));
-    weights.resize(size_t(count * N * K));
-    for (int64_t e = 0; e < count; ++e) fill(data.data() + e * bytes, weights.data() + e * N * K);
-  }
-
-  moesaic_packed view() const {
-    return {N, K, int32_t(G), int32_t(bits), bits == 4 ? table.data() : nullptr, data.data()};
-  }
-
- private:
-  // Codes of outputs and inputs that are only there to fill a block are random too.
-  void fill(uint8_t* block, double* w) {
-    const int64_t panels = (N + 15) / 16, groups = (K + G - 1) / G;
-    for (int64_t p = 0; p < panels; ++p) {
-      for (int64_t g = 0; g < groups; ++g, block += 32 + 16 * G * bits / 8) {
-        for (int64_t b = 32; b < 32 + 16 * G * bits / 8; ++b) block[b] = uint8_t(below(256));
-        for (int64_t o = 0; o < 16; ++o) {
-          float scale = float(normal(1 / (70 * std::sqrt(double(K)))));
-          uint32_t scale_bits;
-          std::memcpy(&scale_bits, &scale, 4);
-          const uint16_t half = uint16_t(scale_bits >> 16);
-          std::memcpy(block + 2 * o, &half, 2);
-          scale_bits = uint32_t(half) << 16;
-          std::memcpy(&scale, &scale_bits, 4);
-          for (int64_t i = 0; i < G; ++i) {
-            const int64_t n = 16 * p + o, k = g * G + i;
-            if (n < N && k < K) w[n * K + k] = scale * number(block + 32, o, i);
-          }
-        }
-      }
-    }
-  }
-
-  int number(const uint8_t* codes, int64_t output, int64_t input) const {
-    const int64_t quad = input / 4, byte = 4 * output + input % 4;
-    if (bits == 8) return codes[64 * quad + byte] - 128;
-    const uint8_t both = codes[64 * (quad / 2) + byte];
-    return table[quad % 2 ? both >> 4 : both & 15];
-  }
-};
 
 // A row in whole multiples of each group's scale, and how far the computed one may be from it.
 struct Rounded {
@@ -309,6 +257,30 @@ void test_layer(int64_t most_rows) {
   }
 }
 
+// In any order, and with other matrices between them.
+void test_parts_give_what_the_whole_gives() {
+  const Layer layer(30, widths[below(14)], widths[below(13)]);
+  moesaic_packed_experts experts = layer.view();
+  const std::string where = numbered("parts T N E D F", {layer.T, layer.N, layer.E, layer.D, layer.F});
+  for (const char* const* name = moesaic_packed_kernels(); *name; ++name) {
+    const int threads = 1 + int(below(3));
+    std::vector<float> whole(size_t(layer.T * layer.D)), summed(whole.size(), NAN), rows(size_t(layer.N * layer.D), NAN);
+    experts.slots = nullptr;
+    expect(moesaic_packed_experts_forward(&experts, threads, *name, whole.data()) == 0, "whole");
+    std::vector<int32_t> part_of(size_t(layer.E));
+    for (int32_t& part : part_of) part = int32_t(below(3));
+    for (int32_t part = 2; part >= 0; --part) {
+      std::vector<int32_t> slots(size_t(layer.E));
+      for (size_t e = 0; e < slots.size(); ++e) slots[e] = part_of[e] == part ? int32_t(e) : -1;
+      experts.slots = slots.data();
+      expect(moesaic_packed_experts_rows(&experts, threads, *name, rows.data()) == 0, "rows");
+    }
+    expect(moesaic_sum_rows(&experts.plan, layer.T, layer.N, layer.D, rows.data(), layer.row_weights.data(), threads,
+                            *name, summed.data()) == 0, "sum");
+    expect(whole.empty() || !std::memcmp(whole.data(), summed.data(), whole.size() * sizeof(float)), *name + where);
+  }
+}
+
 void test_what_is_not_finite_stays_so() {
   const Packed packed(1, 20, 70);
   const moesaic_packed weight = packed.view();
@@ -345,38 +317,6 @@ void test_wrong_formats_are_refused() {
   expect(moesaic_packed_experts_forward(&experts, 1, "", y.data()) == -3, "down of another size");
 }
 
-// Its parts are tested by themselves: here, that it stays within its arrays and does not depend on threads.
-void test_block() {
-  const int64_t B = 1 + below(3), L = 1 + below(3), S = L + below(40), G = 1 + below(2), H = G * (1 + below(3));
-  const int64_t d = 2 * (1 + below(20)), D = 1 + below(150), F = 1 + below(90), E = 1 + below(6);
-  const Packed query(1, H * d, D), key(1, G * d, D), value(1, G * d, D), output(1, D, H * d);
-  const Packed gate_up(E, 2 * F, D), down(E, D, F);
-  const auto norm = numbers(D), bias = numbers(H * d), router = numbers(E * D), x = numbers(B * L * D);
-  const auto cosine = numbers(B * L * d), sine = numbers(B * L * d), cache = numbers(B * G * S * d);
-  const std::vector<uint8_t> mask(static_cast<size_t>(L * S), 1);
-  moesaic_block_step block{};
-  block.attention_norm = block.feed_forward_norm = norm.data(), block.norm_eps = 1e-6f, block.residual = 0.5f;
-  block.query = {query.view(), bias.data()}, block.key = {key.view(), nullptr};
-  block.value = {value.view(), nullptr}, block.output = {output.view(), nullptr};
-  moesaic_attention_step& attention = block.attention;
-  attention.batch_size = B, attention.num_new = L, attention.num_keys = attention.cache_capacity = S;
-  attention.num_heads = H, attention.num_key_value_heads = G, attention.head_dim = attention.rotary_dim = d;
-  attention.cosine = cosine.data(), attention.sine = sine.data(), attention.mask = mask.data(), attention.scale = 0.2f;
-  block.router.hidden_size = D, block.router.num_experts = E, block.router.top_k = 1 + below(E);
-  block.router.scaling = 1, block.router.weight = router.data();
-  block.experts.num_experts = E, block.experts.hidden_size = D, block.experts.intermediate_size = F;
-  block.experts.gate_up = gate_up.view(), block.experts.down = down.view();
-  std::vector<float> results[2];
-  for (int i = 0; i < 2; ++i) {
-    std::vector<float> keys = cache, values = cache;
-    attention.keys = keys.data(), attention.values = values.data();
-    results[i].resize(x.size());
-    expect(moesaic_block(&block, x.data(), i ? 3 : 1, results[i].data()) == 0, "block");
-  }
-  expect(results[0] == results[1], "block: the number of threads changes it");
-  for (const float each : results[0]) expect(std::isfinite(each), "block: not finite");
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -388,7 +328,7 @@ int main(int argc, char** argv) {
     test_what_is_not_finite_stays_so();
     test_linear(most_rows);
     test_layer(most_rows);
-    test_block();
+    test_parts_give_what_the_whole_gives();
   }
   return verdict();
 }

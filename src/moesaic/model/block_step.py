@@ -53,5 +53,5 @@ def block_step(block: "Block", x: Tensor, context: AttentionContext, seen: Routi
         *linears,
         attention=attention.step(context, kv),
         router=moe.router.step(),
-        experts=moe.experts.weights(x.dtype),
+        experts=moe.experts.store or moe.experts.weights(x.dtype),
     )

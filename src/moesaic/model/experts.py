@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config import ModelConfig
-from moesaic.ops import BACKENDS, Activation, ExpertShape, ExpertWeights, Routing, pick
-from moesaic.ops.expert_store import ExpertStore, combine_rows, routing_of_rows
+from moesaic.ops import BACKENDS, PLAIN, Activation, Backend, ExpertShape, ExpertWeights, Routing, pick
+from moesaic.ops.expert_rows import ExpertRows
+from moesaic.ops.expert_store import ExpertStore
 from moesaic.ops.permute import rows_with_weighted_inputs, sum_rows_of_tokens
 from moesaic.ops.quantize import PackedWeight, pack
 
@@ -66,8 +67,9 @@ class Experts(nn.Module):
     @property
     def is_plainly_packed(self) -> bool:
         """Whether the backend `packed` computes them, weighing what comes out of an expert."""
+        format = next((packed.format for packed in self._packed.values()), PLAIN)
         return (
-            bool(self._packed)
+            (format if self.store is None else self.store.format) != PLAIN
             and self.backend in ("auto", "packed")
             and self.activation.name in BACKENDS["packed"].activations
             and not self.weighs_inputs
@@ -93,30 +95,25 @@ class Experts(nn.Module):
         return sum_rows_of_tokens(compute(rows_ND, routing_of_rows), routing)
 
     def _computed_in_memory(self, x: Tensor, routing: Routing) -> Tensor:
-        return self._run(x, routing, self.weights(x.dtype))
+        weights = self.weights(x.dtype)
+        return self._backend(x, weights.format).run(x, routing, weights)
 
     def _computed_from_store(self, x: Tensor, routing: Routing) -> Tensor:
-        """Where experts come in several chunks each row alone, and then their sum, in an order of its own."""
         assert self.store is not None
-        wide_x = x.float()
-        rows_ND = torch.empty(len(routing.expert_ids), self.hidden_size)
-        with self.store.chunks(routing.expert_ids) as chunks:
+        rows = ExpertRows(x, routing, self._backend(x, self.store.format).run)
+        with self.store.chunks(routing.expert_ids, x) as chunks:
             for weights in chunks:
-                assert weights.slots is not None
-                rows = (weights.slots[routing.expert_ids] >= 0).nonzero().squeeze(1)
-                if len(rows) == len(rows_ND):
-                    return self._run(x, routing, weights)
-                rows_ND[rows] = self._run(wide_x[routing.token_ids[rows]], routing_of_rows(routing, rows), weights)
-        return combine_rows(rows_ND, routing).to(x.dtype)
+                rows.add(weights)
+        return rows.summed()
 
-    def _run(self, x: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    def _backend(self, x: Tensor, format: str) -> Backend:
         shape = ExpertShape(
             hidden_size=self.hidden_size,
             moe_intermediate_size=self.intermediate_size,
             device=x.device.type,
             dtype=x.dtype,
             activation=self.activation.name,
-            has_bias=weights.has_bias,
-            format=weights.format,
+            has_bias=self.gate_up_bias is not None,
+            format=format,
         )
-        return BACKENDS[pick(self.backend, shape)].run(x, routing, weights)
+        return BACKENDS[pick(self.backend, shape)]

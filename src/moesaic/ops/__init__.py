@@ -25,6 +25,7 @@ __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "DTYPES",
+    "PLAIN",
     "Activation",
     "Backend",
     "Choice",

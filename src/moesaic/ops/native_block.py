@@ -3,16 +3,17 @@
 Between the calls of a step the interpreter and torch have to come back into the caches, from which the weights of every
 product push them out; that takes a fifth of a token's time.
 
-B sequences, L new tokens of each, D hidden size.
+B sequences, L new tokens of each, T tokens of them all, D hidden size, E experts, K experts per token.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moesaic.ops.expert_store import ExpertStore
 from moesaic.ops.native_call import address, float32, native, raise_for
-from moesaic.ops.native_packed import described, described_experts
+from moesaic.ops.native_packed import described, described_experts, packed_rows, with_float32_biases
 from moesaic.ops.native_step import AttentionStep, RouterStep
 from moesaic.ops.quantize import PackedWeight
 from moesaic.ops.weights import ExpertWeights
@@ -38,7 +39,7 @@ class BlockStep:
     output: Linear
     attention: AttentionStep
     router: RouterStep
-    experts: ExpertWeights
+    experts: ExpertWeights | ExpertStore
     """Packed."""
 
     def __post_init__(self) -> None:
@@ -47,25 +48,49 @@ class BlockStep:
         for name in ("query", "key", "value", "output"):
             weight, bias = getattr(self, name)
             object.__setattr__(self, name, (weight, float32(bias)))
-        biases = {name: float32(getattr(self.experts, name)) for name in ("gate_up_bias", "down_bias")}
-        object.__setattr__(self, "experts", replace(self.experts, **biases))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (B, L, D) float32 -> (B, L, D); keys and values go into the cache."""
         x = x.contiguous()
-        y = torch.empty_like(x)
+        if not isinstance(self.experts, ExpertWeights):
+            return self._with_store(x, self.experts)
+        y, experts = torch.empty_like(x), with_float32_biases(self.experts)
         status = native().block(
+            self._described(x), described_experts(experts), x.data_ptr(), torch.get_num_threads(), y.data_ptr()
+        )
+        raise_for(status, "", native().packed_kernels)
+        return y
+
+    def _with_store(self, x: Tensor, store: ExpertStore) -> Tensor:
+        """In several calls: which experts have to come is known after the first."""
+        described_step, threads, kernels = self._described(x), torch.get_num_threads(), native()
+        (num_experts, hidden_size), num_tokens = self.router.weight.shape, x.shape[0] * x.shape[1]
+        num_rows = num_tokens * self.router.top_k
+        y, normed_TD = torch.empty_like(x), x.new_empty(num_tokens, hidden_size)
+        logits_TE, weights_N = x.new_empty(num_tokens, num_experts), x.new_empty(num_rows)
+        expert_ids_N = torch.empty(num_rows, dtype=torch.int64)
+        plan = torch.empty(kernels.plan_size(num_tokens, num_rows, num_experts), dtype=torch.int32)
+        outputs = tuple(map(address, (y, normed_TD, logits_TE, expert_ids_N, weights_N, plan)))
+        raise_for(kernels.block_route(described_step, x.data_ptr(), threads, outputs), "", kernels.packed_kernels)
+
+        rows_ND = x.new_empty(num_rows, hidden_size)
+        with store.chunks(expert_ids_N, normed_TD) as chunks:
+            for weights in chunks:
+                packed_rows(normed_TD, plan, with_float32_biases(weights), rows_ND)
+        status = kernels.block_finish(
+            described_step, *map(address, (plan, rows_ND, weights_N)), threads, address(normed_TD), y.data_ptr()
+        )
+        raise_for(status, "", kernels.packed_kernels)
+        return y
+
+    def _described(self, x: Tensor) -> tuple[object, ...]:
+        """As csrc/block_bindings.cpp reads it."""
+        return (
             (address(self.attention_norm), address(self.feed_forward_norm), self.norm_eps, self.residual),
             tuple(_described_linear(*each) for each in (self.query, self.key, self.value, self.output)),
             self.attention.described(*x.shape[:2]),
             self.router.described(),
-            described_experts(self.experts),
-            x.data_ptr(),
-            torch.get_num_threads(),
-            y.data_ptr(),
         )
-        raise_for(status, "", native().packed_kernels)
-        return y
 
 
 def _described_linear(weight: PackedWeight, bias: Tensor | None) -> tuple[tuple[object, ...], int]:

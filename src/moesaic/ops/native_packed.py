@@ -18,7 +18,7 @@ from moesaic.errors import UsageError
 from moesaic.ops.activation import Activation
 from moesaic.ops.instruction_set import native_module
 from moesaic.ops.native import NATIVE_ACTIVATIONS, make_plan
-from moesaic.ops.native_call import address, float32, is_plain_call, raise_for
+from moesaic.ops.native_call import address, float32, is_plain_call, native, raise_for
 from moesaic.ops.quantize import PANEL, PackedWeight, unpack
 from moesaic.ops.reference import reference_experts
 from moesaic.ops.routing import Routing
@@ -80,10 +80,48 @@ def packed_experts(x: Tensor, routing: Routing, weights: ExpertWeights, *, instr
     )
 
 
+def packed_rows(x: Tensor, plan: Tensor, weights: ExpertWeights, rows: Tensor, *, instruction_set: str = "") -> None:
+    """Fills those `rows` (N, D) whose expert is there, with what it makes of its token: `packed_experts` for experts
+    that come in parts, before `summed_rows`.
+
+    x (T, D) and rows are float32 and contiguous; `plan` is native.make_plan's; biases are float32.
+    """
+    status = native().packed_experts_rows(
+        described_experts(weights),
+        len(x),
+        len(rows),
+        plan.data_ptr(),
+        x.data_ptr(),
+        0,
+        torch.get_num_threads(),
+        instruction_set,
+        rows.data_ptr(),
+    )
+    raise_for(status, instruction_set, packed_instruction_sets)
+
+
+def summed_rows(
+    rows: Tensor, row_weights: Tensor, plan: Tensor, num_tokens: int, num_experts: int, *, instruction_set: str = ""
+) -> Tensor:
+    """Rows (N, D), times their weights (N,), summed into tokens (T, D): bit for bit what `packed_experts` gives."""
+    y_TD = rows.new_empty(num_tokens, rows.shape[1])
+    status = native().sum_rows(
+        plan.data_ptr(),
+        (num_tokens, len(rows), num_experts, rows.shape[1]),
+        rows.data_ptr(),
+        row_weights.data_ptr(),
+        torch.get_num_threads(),
+        instruction_set,
+        y_TD.data_ptr(),
+    )
+    raise_for(status, instruction_set, packed_instruction_sets)
+    return y_TD
+
+
 def packed_instruction_sets() -> list[str]:
     """Those that the kernels are built for and this machine runs, the best first; none when they are not built."""
-    native = native_module()
-    return [] if native is None else native.packed_kernels()
+    module = native_module()
+    return [] if module is None else module.packed_kernels()
 
 
 torch.library.define(
@@ -102,11 +140,11 @@ def _linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, instruction_se
     leading = x.shape[:-1]
     _require_shapes(("bias", bias, (weight.rows,)))
     _require_device(x, weight.data, bias)
-    native = _kernels_for(x, instruction_set)
-    if native is None:
+    kernels = _kernels_for(x, instruction_set)
+    if kernels is None:
         return _unpacked_linear(x.reshape(-1, weight.columns), weight, bias).view(*leading, weight.rows)
     wide_x, wide_bias, y = float32(x), float32(bias), x.new_empty(*leading, weight.rows, dtype=torch.float32)
-    status = native.packed_linear(
+    status = kernels.packed_linear(
         described(weight),
         address(wide_bias),
         address(wide_x),
@@ -115,7 +153,7 @@ def _linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, instruction_se
         instruction_set,
         y.data_ptr(),
     )
-    raise_for(status, instruction_set, native.packed_kernels)
+    raise_for(status, instruction_set, kernels.packed_kernels)
     return y.to(x.dtype)
 
 
@@ -139,17 +177,16 @@ def _experts(
     biases = (weights.gate_up_bias, weights.down_bias)
     _require_device(x, gate_up.data, down.data, *biases, row_weights, token_ids, expert_ids)
     _require_slots(weights.slots, expert_ids, num_matrices)
-    native = _kernels_for(x, instruction_set)
-    if native is None:
+    kernels = _kernels_for(x, instruction_set)
+    if kernels is None:
         nothing = row_weights.new_zeros(()).expand(num_tokens, num_experts)
         return reference_experts(
             x, Routing(token_ids, expert_ids, row_weights, nothing, num_experts, top_k=None), weights
         )
-    plan = make_plan(native, token_ids.long(), expert_ids.long(), num_tokens, num_experts)
-    wide_x, wide_row_weights = float32(x), float32(row_weights)
-    wide = replace(weights, gate_up_bias=float32(weights.gate_up_bias), down_bias=float32(weights.down_bias))
+    plan = make_plan(kernels, token_ids.long(), expert_ids.long(), num_tokens, num_experts)
+    wide, wide_x, wide_row_weights = with_float32_biases(weights), float32(x), float32(row_weights)
     y_TD = x.new_empty(num_tokens, hidden_size, dtype=torch.float32)
-    status = native.packed_experts_forward(
+    status = kernels.packed_experts_forward(
         described_experts(wide),
         num_tokens,
         num_rows,
@@ -160,7 +197,7 @@ def _experts(
         instruction_set,
         y_TD.data_ptr(),
     )
-    raise_for(status, instruction_set, native.packed_kernels)
+    raise_for(status, instruction_set, kernels.packed_kernels)
     return y_TD.to(x.dtype)
 
 
@@ -234,10 +271,10 @@ def _require_device(x: Tensor, *others: Tensor | None) -> None:
 
 def _kernels_for(x: Tensor, instruction_set: str) -> Any:
     """The native module, or None where torch has to do it. Raises UsageError where an instruction set was asked for."""
-    native = native_module() if x.device.type == "cpu" and x.dtype in PACKED_DTYPES else None
-    if native is None and instruction_set:
+    kernels = native_module() if x.device.type == "cpu" and x.dtype in PACKED_DTYPES else None
+    if kernels is None and instruction_set:
         raise UsageError(f"no native kernels for packed weights and {x.dtype} on {x.device} here; see `moesaic doctor`")
-    return native
+    return kernels
 
 
 def described(weight: PackedWeight) -> tuple[int, int, int, int, bytes, int]:
@@ -245,8 +282,14 @@ def described(weight: PackedWeight) -> tuple[int, int, int, int, bytes, int]:
     return (*weight.layout, weight.data.data_ptr())
 
 
+def with_float32_biases(weights: ExpertWeights) -> ExpertWeights:
+    if not weights.has_bias:
+        return weights
+    return replace(weights, gate_up_bias=float32(weights.gate_up_bias), down_bias=float32(weights.down_bias))
+
+
 def described_experts(weights: ExpertWeights) -> tuple[object, ...]:
-    """Likewise; biases are float32."""
+    """Likewise; biases are float32, and have to live as long as the result."""
     gate_up, down, activation = weights.gate_up, weights.down, weights.activation
     assert isinstance(gate_up, PackedWeight)
     assert isinstance(down, PackedWeight)

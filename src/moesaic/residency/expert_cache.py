@@ -15,6 +15,7 @@ from itertools import islice
 from threading import Lock
 from time import perf_counter
 
+import numpy as np
 import torch
 
 from moesaic.ops import ExpertWeights
@@ -112,20 +113,18 @@ class ExpertCache:
                 if first < len(memory):
                     memory.madvise(mmap.MADV_DONTNEED, first, len(memory) - first)
 
-    def chunks(self, layer: int, numbers: Sequence[int], *, at_once: bool) -> Generator[ExpertWeights, None, None]:
-        """These experts of a layer, as ExpertStore says; if possible `at_once`, when all have come. To be closed, so
-        that no read goes on; until then nobody else has the cache."""
+    def chunks(self, layer: int, numbers: Sequence[int]) -> Generator[ExpertWeights, None, None]:
+        """These experts of a layer, as ExpertStore says. To be closed, so that no read goes on; until then nobody else
+        has the cache."""
         with self._one_pass:
             reads = _Reads()
             try:
-                yield from self._chunks(reads, layer, numbers, at_once)
+                yield from self._chunks(reads, layer, numbers)
             finally:
                 wait(reads.pending)  # they write into their slots
                 self.table.end_pass()
 
-    def _chunks(
-        self, reads: _Reads, layer: int, numbers: Sequence[int], at_once: bool
-    ) -> Generator[ExpertWeights, None, None]:
+    def _chunks(self, reads: _Reads, layer: int, numbers: Sequence[int]) -> Generator[ExpertWeights, None, None]:
         experts = [(layer, number) for number in numbers]
         ready = {expert: self.table.hold(expert) for expert in experts if expert in self.table}
         reads.missing = [expert for expert in experts if expert not in ready]
@@ -133,12 +132,11 @@ class ExpertCache:
         statistics.hits += len(ready)
         statistics.misses += len(reads.missing)
         self._start(reads)
-        at_once = at_once and not reads.missing
         while ready or reads.pending:
-            if reads.pending and (at_once or not ready):
+            if not ready:
                 ready |= self._arrived(reads, statistics)
                 continue
-            chunk = dict(islice(ready.items(), None if at_once else EXPERTS_PER_CHUNK))
+            chunk = dict(islice(ready.items(), EXPERTS_PER_CHUNK))
             yield self._weights(layer, chunk)
             self.table.let_go(chunk.values())
             ready = {expert: slot for expert, slot in ready.items() if expert not in chunk}
@@ -171,9 +169,9 @@ class ExpertCache:
 
     def _weights(self, layer: int, chunk: Mapping[Expert, int]) -> ExpertWeights:
         stored = self.layers[layer]
-        slots = torch.full((stored.num_experts,), -1, dtype=torch.int32)
-        slots[[number for _, number in chunk]] = torch.tensor(list(chunk.values()), dtype=torch.int32)
-        return replace(stored.weights, **self._slots, slots=slots)
+        slots = np.full(stored.num_experts, -1, dtype=np.int32)
+        slots[[number for _, number in chunk]] = list(chunk.values())
+        return replace(stored.weights, **self._slots, slots=torch.from_numpy(slots))
 
     def _allocate(self, like: PackedWeight) -> PackedWeight:
         """Slots at the start of a page, which take memory when they are first filled."""

@@ -16,8 +16,6 @@ from moesaic.residency.memory_plan import ACTIVATIONS, MemoryPlan, activation_by
 
 PREFILL_TOKENS = 512
 """That a pass takes at most, so that activations have a bound; a longer prompt goes in pieces."""
-FEW_ROWS = 64
-"""Computed in one call, when all their experts have come: calls take longer than such work."""
 
 
 @dataclass(eq=False)
@@ -89,9 +87,12 @@ class LayerStore:
     residency: Residency
     layer: int
 
-    def chunks(self, expert_ids: Tensor) -> AbstractContextManager[Iterator[ExpertWeights]]:
-        numbers, few = torch.unique(expert_ids).tolist(), len(expert_ids) <= FEW_ROWS
-        return closing(self.residency.cache.chunks(self.layer, numbers, at_once=few))
+    @property
+    def format(self) -> str:
+        return self.residency.cache.layers[self.layer].weights.format
+
+    def chunks(self, expert_ids: Tensor, x: Tensor) -> AbstractContextManager[Iterator[ExpertWeights]]:
+        return closing(self.residency.cache.chunks(self.layer, sorted(set(expert_ids.tolist()))))
 
 
 def residency_of(model: Transformer) -> Residency | None:
