@@ -2,6 +2,7 @@
 #include "packed.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -212,4 +213,17 @@ extern "C" int moesaic_packed_linear(const moesaic_packed* weight, const float* 
   return parallel_with_scratch(threads, num_tasks, kernels->scratch_size, product) ? 0 : -2;
 } catch (const std::bad_alloc&) {
   return -2;
+}
+
+extern "C" int moesaic_pack(const moesaic_packing* packing, int threads, const char* instruction_set, uint8_t* data) {
+  const PackedKernels* kernels = usable_kernels().named(instruction_set);
+  if (!kernels) return -1;
+  const moesaic_packed format{packing->rows, packing->columns, packing->group_size, packing->bits, packing->table, data};
+  if (!known_format(format)) return -3;
+  const int64_t bytes = panel_bytes(format);
+  std::atomic<bool> finite{true};
+  parallel(threads, divide_up(packing->rows, panel_outputs), [&](int64_t panel, int) {
+    if (!kernels->pack_panel(*packing, panel, data + panel * bytes)) finite = false;
+  });
+  return finite ? 0 : -4;
 }

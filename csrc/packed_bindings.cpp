@@ -1,5 +1,10 @@
 // Packed weights in the Python module moesaic._native.
+#include <nanobind/stl/vector.h>
+
+#include <vector>
+
 #include "bindings.h"
+#include "pack.h"
 
 // (rows, columns, group_size, bits, table, address); the table is 16 bytes, or b"" for 8 bits, and must outlive the result.
 moesaic_packed packed(const nb::tuple& weight) {
@@ -60,6 +65,17 @@ int sum_rows(uintptr_t plan, nb::tuple sizes, uintptr_t rows, uintptr_t row_weig
                           threads, instruction_set, at<float>(y));
 }
 
+int pack(nb::tuple sizes, uintptr_t weight, nb::bytes table, std::vector<float> ends, int threads,
+         const char* instruction_set, uintptr_t data) {
+  const auto size = [&](int i) { return nb::cast<int64_t>(sizes[i]); };
+  const moesaic_packing packing{size(0), size(1), int32_t(size(2)), int32_t(size(3)), int32_t(size(4)),
+                                at<const void>(weight),
+                                table.size() == 16 ? reinterpret_cast<const int8_t*>(table.c_str()) : nullptr,
+                                ends.data(), int64_t(ends.size())};
+  nb::gil_scoped_release unlocked;
+  return moesaic_pack(&packing, threads, instruction_set, at<uint8_t>(data));
+}
+
 }  // namespace
 
 void bind_packed(nb::module_& module) {
@@ -67,6 +83,9 @@ void bind_packed(nb::module_& module) {
              "Instruction sets whose packed kernels run here, the best first.");
   module.def("packed_bytes", &moesaic_packed_bytes, nb::arg("rows"), nb::arg("columns"), nb::arg("group_size"),
              nb::arg("bits"), "Bytes of one packed matrix.");
+  module.def("pack", &pack, nb::arg("sizes"), nb::arg("weight"), nb::arg("table"), nb::arg("ends"), nb::arg("threads"),
+             nb::arg("instruction_set"), nb::arg("data"),
+             "See moesaic_pack in pack.h; sizes are rows, columns, group size, bits and element.");
   module.def("packed_linear", &packed_linear, nb::arg("weight"), nb::arg("bias"), nb::arg("x"), nb::arg("num_tokens"),
              nb::arg("threads"), nb::arg("instruction_set"), nb::arg("y"), "See moesaic_packed_linear in packed.h.");
   module.def("packed_experts_forward", &packed_experts_with<moesaic_packed_experts_forward>, nb::arg("experts"),

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "expert_kernels.h"
+#include "pack.h"
 #include "packed.h"
 
 namespace {
@@ -56,6 +57,9 @@ struct PackedKernels {
   // These columns, likewise, of the tokens' rows of y (T, weight.rows). `tokens.expert` means nothing here.
   void (*linear)(const moesaic_packed& weight, const float* bias, RowRange tokens, ColumnRange columns,
                  const uint8_t* x_records, float* y, float* scratch);
+
+  // One panel of a matrix, of all its groups; false when a number is not finite.
+  bool (*pack_panel)(const moesaic_packing& packing, int64_t panel, uint8_t* data);
 };
 
 // NULL where the compiler could not build them; whether the CPU can run them is another question.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "gated_activation.h"
+#include "pack_math.h"
 #include "packed_product.h"
 
 namespace {
@@ -153,6 +154,6 @@ void linear(const moesaic_packed& w, const float* bias, RowRange tokens, ColumnR
   for_each_pair(w, 0, bias, tokens.count, columns, scratch, write);
 }
 
-constexpr PackedKernels packed_kernels{Scratch::size(), round_row, hidden, add_outputs, add_rows, linear};
+constexpr PackedKernels packed_kernels{Scratch::size(), round_row, hidden, add_outputs, add_rows, linear, pack_panel};
 
 }  // namespace

@@ -78,12 +78,6 @@ std::vector<double> row(const std::vector<float>& x, int64_t at, int64_t columns
 
 bool close(float ours, const Result& oracle) { return std::fabs(ours - oracle.value) <= oracle.tolerance; }
 
-std::string numbered(const char* name, std::initializer_list<int64_t> sizes) {
-  std::string text = name;
-  for (int64_t size : sizes) text += " " + std::to_string(size);
-  return text;
-}
-
 const int64_t widths[] = {1, 3, 15, 16, 17, 31, 32, 33, 40, 64, 70, 128, 257, 600, 1060};  // the last for inputs alone
 
 void test_linear(int64_t most_rows) {

@@ -29,6 +29,12 @@ void expect(bool holds, const std::string& what) {
   std::printf("wrong: %s\n", what.c_str());
 }
 
+std::string numbered(const char* name, std::initializer_list<int64_t> sizes) {
+  std::string text = name;
+  for (int64_t size : sizes) text += " " + std::to_string(size);
+  return text;
+}
+
 // The program's arguments, whole numbers: the first seeds the random numbers.
 struct Arguments {
   int count;

@@ -17,7 +17,8 @@ from torch import Tensor
 from moesaic.errors import UsageError
 from moesaic.ops import ACTIVATIONS, ExpertWeights, Routing
 from moesaic.ops.activation import SWIGLU
-from moesaic.ops.native import NATIVE_ACTIVATIONS, NATIVE_DTYPES, native_experts, native_instruction_sets
+from moesaic.ops.native import NATIVE_ACTIVATIONS, native_experts, native_instruction_sets
+from moesaic.ops.native_call import NATIVE_DTYPES
 
 from .expert_cases import EXPERTS, TOLERANCE, Case, Compute, assert_equals_reference, make_case, num_threads, run
 from .sanitized import COMPILER, SANITIZERS, run_sanitized

@@ -1,5 +1,4 @@
-"""The C++ kernels for packed weights, below the Python that packs: csrc/tests/packed_tests.cpp and block_tests.cpp,
-and the binding."""
+"""The C++ kernels for packed weights, below the Python that packs: programs of csrc/tests, and the binding."""
 
 from pathlib import Path
 
@@ -23,6 +22,7 @@ def test_kernels_equal_plain_loops_under_sanitizers(sanitizer: str, tmp_path: Pa
     cases = "3" if sanitizer == "thread" else "10"
     run_sanitized("packed_tests", [str(seed), cases, "230"], sanitizer, tmp_path)
     run_sanitized("block_tests", [str(seed), cases], sanitizer, tmp_path)
+    run_sanitized("pack_tests", [str(seed), cases], sanitizer, tmp_path)
 
 
 @pytest.mark.parametrize("instruction_set", SETS)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from moesaic.errors import MoesaicError, UsageError
+from moesaic.ops import quantize
+from moesaic.ops.instruction_set import native_module
 from moesaic.ops.quantize import (
     FORMATS,
     INT4_ENDS,
@@ -28,6 +30,15 @@ from .expert_cases import num_threads
 KINDS = [(format, size) for format, known in FORMATS.items() for size in known.group_sizes]
 SIZES = [(1, 1), (16, 32), (17, 33), (33, 100), (31, 64), (5, 127), (48, 3)]
 E2M1_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+@pytest.fixture(autouse=True, params=["kernels", "torch"])
+def packer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both pack as these tests say."""
+    if request.param == "torch":
+        monkeypatch.setattr(quantize, "packs", lambda weight: False)
+    elif native_module() is None:
+        pytest.skip("the native kernels are not built")
 
 
 def random_weight(rows: int, columns: int, format: str) -> Tensor:

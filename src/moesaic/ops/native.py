@@ -20,14 +20,13 @@ from torch import Tensor
 from moesaic.errors import UsageError
 from moesaic.ops import instruction_set as machine
 from moesaic.ops import native_call
+from moesaic.ops.native_call import NATIVE_DTYPES
 from moesaic.ops.routing import Routing
 from moesaic.ops.weights import ExpertWeights
 
 NATIVE_ACTIVATIONS = {"swiglu": 0, "clamped_swiglu": 1}
 """Name to number in csrc/experts.h."""
 
-NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""What x and the weights may be, to the number in csrc/experts.h."""
 
 _MOST_ROWS = 2**31 - 1
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from moesaic.errors import UsageError
 from moesaic.ops.instruction_set import native_module, native_status
 
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Types of plain numbers, as csrc/experts.h numbers them."""
 NO_SUCH_KERNELS, NO_MEMORY = -1, -2
 """Status of a call, as csrc/ returns it; 0 is success."""
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moesaic.errors import MoesaicError, UsageError
+from moesaic.ops.native_pack import NOT_FINITE, pack_matrices, packs
 
 Result = TypeVar("Result")
 
@@ -53,6 +54,13 @@ class PackedFormat:
     group_sizes: tuple[int, ...]
     scales: Callable[[Tensor, Tensor], Tensor]
     """(groups (n, G), which of them count (G,)) -> bfloat16 (n, 1)."""
+    ends: tuple[float, ...] = ()
+    """For the C++ kernels: what the search for a factor brings the largest number of a group to."""
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the C++ kernels pack it too."""
+        return not self.table or bool(self.ends)
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,13 @@ def pack(weight: Tensor, format: str, group_size: int = DEFAULT_GROUP_SIZE) -> P
     if weight.is_meta:
         return packed
 
+    if FORMATS[format].is_native and packs(weight):
+        chosen = FORMATS[format]
+        pack_matrices(
+            weight.detach(), data, bits=chosen.bits, group_size=group_size, table=chosen.table, ends=chosen.ends
+        )
+        return packed
+
     def pack_panels(part: Tensor, target: Tensor) -> None:
         target.copy_(_pack_panels(part, FORMATS[format], group_size))
 
@@ -180,7 +195,7 @@ def _pack_panels(part: Tensor, format: PackedFormat, group_size: int) -> Tensor:
     padded = functional.pad(part.float(), (0, -columns % group_size, 0, -rows % PANEL))
     groups_nG = padded.view(-1, group_size)
     if not math.isfinite(float(groups_nG.abs().amax())):
-        raise MoesaicError("it holds numbers that are not finite, which cannot be packed; download or train it again")
+        raise MoesaicError(NOT_FINITE)
     scales_n1 = _counted_scales(groups_nG, columns, format, group_size)
     codes_nG = _nearest_codes(groups_nG, scales_n1.float(), format)
     panels = padded.shape[0] // PANEL
@@ -279,6 +294,6 @@ def _mxfp4_scales(groups: Tensor, counted: Tensor) -> Tensor:
 
 FORMATS: dict[str, PackedFormat] = {
     "int8": PackedFormat(8, (), GROUP_SIZES, _int8_scales),
-    "int4": PackedFormat(4, INT4_VALUES, GROUP_SIZES, _int4_scales),
+    "int4": PackedFormat(4, INT4_VALUES, GROUP_SIZES, _int4_scales, INT4_ENDS),
     "mxfp4": PackedFormat(4, E2M1, (32,), _mxfp4_scales),
 }
