@@ -117,13 +117,18 @@ def bench_config(arguments: argparse.Namespace) -> ModelConfig:
     )
 
 
-def prepare(config: ModelConfig, folder: Path, gguf_types: Sequence[str], threads: int) -> dict[str, Path]:
-    """The random model as a Hugging Face directory and as GGUF files, by `hf` and type; what is there stays."""
+def prepare(
+    config: ModelConfig, folder: Path, gguf_types: Sequence[str], threads: int, *, embedding: float | None = None
+) -> dict[str, Path]:
+    """The random model as a Hugging Face directory and as GGUF files, by `hf` and type; what is there stays.
+
+    `embedding` is the size of the embedding's numbers; where it is large, routing depends on the token alone.
+    """
     files = {"hf": folder / "hf", "BF16": folder / "BF16.gguf"}
     if not files["hf"].exists():
         note(f"writing a random model to {folder}")
-        export_model(random_model(config), None, files["hf"])
-    if gguf_types and not files["BF16"].exists():
+        export_model(random_model(config, embedding), None, files["hf"])
+    if any(not (folder / f"{name}.gguf").exists() for name in gguf_types) and not files["BF16"].exists():
         write_gguf(moesaic.load(files["hf"], device="cpu"), files["BF16"])
     for name in gguf_types:
         files[name] = folder / f"{name}.gguf"
@@ -133,18 +138,19 @@ def prepare(config: ModelConfig, folder: Path, gguf_types: Sequence[str], thread
     return files
 
 
-def random_model(config: ModelConfig) -> Transformer:
+def random_model(config: ModelConfig, embedding: float | None = None) -> Transformer:
     """In bfloat16; matrices keep the size of what passes through them, norms change nothing."""
     with torch.device("meta"):
         model = Transformer(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for tensor in model.state_dict().values():
+        for name, tensor in model.state_dict().items():
             if tensor.ndim == 1:
                 tensor.fill_(1.0)
             else:
-                tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+                own_size = embedding if name == "embed_tokens.weight" else None
+                tensor.normal_(0.0, own_size or tensor.shape[-1] ** -0.5, generator=generator)
     return model
 
 

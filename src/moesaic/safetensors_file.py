@@ -54,6 +54,10 @@ class Extent:
         size = self.nbytes // parts
         return Extent(self.path, self.offset + index * size, size)
 
+    def elements(self, first: int, count: int, itemsize: int) -> "Extent":
+        """So many of its numbers, of `itemsize` bytes each."""
+        return Extent(self.path, self.offset + first * itemsize, count * itemsize)
+
 
 class SafetensorsFile:
     """One open file whose header was checked: entries are known, data is read when asked for.

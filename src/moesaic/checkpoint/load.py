@@ -4,7 +4,7 @@ The model is made without memory and then filled tensor by tensor, each read str
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -48,8 +48,8 @@ def load(
         device: `auto` is cuda where there is one.
         quantization: packs the weights while they are read: `int8`, `int4`, or `mxfp4` for experts published so
             (moesaic.model.quantize.SCHEMES). A quantised directory needs none. The model is then for inference.
-        memory: what the process may take, such as "2GiB": of a quantised directory, on a CPU. The experts then stay on
-            disk and are read when tokens need them. For inference.
+        memory: what the process may take, such as "2GiB", on a CPU. The experts then stay on disk, are read when tokens
+            need them, and packed while they are read where `quantization` is given. For inference.
         backend: how experts are computed, see `moesaic.ops.BACKENDS`.
         offline: take a model of the hub from the local cache, and ask nobody.
         revision: branch, tag or commit of a model on the hub; None is its main branch.
@@ -68,10 +68,11 @@ def load(
     source = resolve_model(path, revision, offline)
     require_weights(source, offline)
     wanted = DTYPES.get(dtype)
-    if budget is not None:
-        return _load_within(source, wanted, target, backend, quantization, budget).eval()
-    read = {"run": _load_run, "hf": _load_hf}[source.kind]
-    return read(source, wanted, target, backend, quantization).eval()
+    with torch.inference_mode(False):  # the threads that read are in no such mode, and write into the tensors
+        if budget is not None:
+            return _load_within(source, wanted, target, backend, quantization, budget).eval()
+        read = {"run": _load_run, "hf": _load_hf}[source.kind]
+        return read(source, wanted, target, backend, quantization).eval()
 
 
 def load_tokenizer(path: str | Path | ModelSource, *, offline: bool = False, revision: str | None = None) -> Tokenizer:
@@ -119,11 +120,7 @@ def _load_hf(
         packed = scheme is not None or stored.quantization is not None
         wanted = dtype or (torch.float32 if packed and device.type == "cpu" else stored.dtype)
         if stored.quantization is not None:
-            if scheme not in (None, stored.quantization.scheme):
-                raise UsageError(
-                    f"{source.directory} is quantised as {stored.quantization.scheme} already; leave quantization out, "
-                    f"or name the model that it was made from"
-                )
+            _require_no_other_scheme(source, stored, scheme)
             quantize_model(model, stored.quantization)
             stored.check(model.state_dict())
             tensors = stored.read(model.state_dict(), wanted, device)
@@ -144,40 +141,74 @@ def _load_within(
     scheme: str | None,
     budget: int,
 ) -> Transformer:
-    fix = "write it with `moesaic quantize MODEL OUT --scheme int4` and name OUT"
     if device.type != "cpu":
         raise UsageError(f"memory is for models on a CPU, and the device is {device}; add --device cpu")
-    if source.kind == "run" or scheme is not None:
-        raise UsageError(f"with memory experts are read from a quantised directory; {fix}")
+    if source.kind == "run":
+        raise UsageError("with memory experts stay in the files of a model; write them with `moesaic export RUN OUT`")
     with HFDirectory(source.directory) as stored:
         if stored.config.moe is None:
             raise UsageError(f"{source.directory} has no experts, which alone can stay on disk; leave memory out")
-        if stored.quantization is None:
-            raise UsageError(f"{source.directory} is not quantised, and experts are read as they are stored; {fix}")
         model = empty_model(stored.config, backend)
-        quantize_model(model, stored.quantization)
-        load_within(model, stored, dtype or torch.float32, budget)
+        plain = model.state_dict()
+        if stored.quantization is not None:
+            _require_no_other_scheme(source, stored, scheme)
+            quantize_model(model, stored.quantization)
+            plain = model.state_dict()
+        elif scheme is not None:
+            quantize_model(model, make_quantization(scheme, model.config))
+        stored.check(plain)
+        packs = stored.quantization is None and scheme is not None
+        wanted = dtype or (stored.dtype if stored.quantization is None and scheme is None else torch.float32)
+
+        def read(names: Sequence[str]) -> Mapping[str, Tensor]:
+            if packs:
+                return _packed_while_read(model, names, stored, plain, wanted, device)
+            return stored.read({name: plain[name] for name in names}, wanted, device)
+
+        load_within(model, stored, plain, read, wanted, budget)
     return model
+
+
+def _require_no_other_scheme(source: ModelSource, stored: HFDirectory, scheme: str | None) -> None:
+    assert stored.quantization is not None
+    if scheme not in (None, stored.quantization.scheme):
+        raise UsageError(
+            f"{source.directory} is quantised as {stored.quantization.scheme} already; leave quantization out, "
+            f"or name the model that it was made from"
+        )
 
 
 def _pack_while_reading(
     model: Transformer, scheme: str, stored: HFDirectory, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """One plain tensor in memory at a time; `model`, on the meta device, becomes a quantised one."""
-    like = model.state_dict()
-    stored.check(like)
+    """`model`, on the meta device, becomes a quantised one."""
+    plain = model.state_dict()
+    stored.check(plain)
     quantize_model(model, make_quantization(scheme, model.config))
-    stored.require_memory(model.state_dict(), dtype, device)
+    packed = model.state_dict()
+    stored.require_memory(packed, dtype, device)
+    return _packed_while_read(model, list(packed), stored, plain, dtype, device)
 
-    def read(names: Sequence[str]) -> dict[str, Tensor]:
-        return stored.read({name: like[name] for name in names}, stored.dtype, device)
+
+def _packed_while_read(
+    model: Transformer,
+    names: Sequence[str],
+    stored: HFDirectory,
+    plain: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """These tensors of a model that was quantised on the meta device; one plain tensor in memory at a time."""
+
+    def read(some: Sequence[str]) -> dict[str, Tensor]:
+        return stored.read({name: plain[name] for name in some}, stored.dtype, device)
 
     reader = PackingReader(model, read, stored.joined)
 
     def final(name: str, tensor: Tensor) -> Tensor:
         return tensor.to(final_dtype(name, tensor.dtype, dtype)) if tensor.is_floating_point() else tensor
 
-    return {name: final(name, reader.tensor(name)) for name in model.state_dict()}
+    return {name: final(name, reader.tensor(name)) for name in names}
 
 
 def empty_model(config: ModelConfig, backend: str = "auto") -> Transformer:

@@ -1,88 +1,159 @@
-"""Reading a quantised model within a budget of memory: its experts stay on disk."""
+"""Reading a model within a budget of memory: its experts stay on disk.
 
+A quantised directory has them as they are used. Those of a Hugging Face directory are used as they are stored, or
+packed when they are read; packed ones are kept in a file of their own, for when they have left memory.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from moesaic.checkpoint.expert_parts import expert_parts
 from moesaic.checkpoint.hf_directory import HFDirectory
 from moesaic.errors import UsageError
 from moesaic.model.experts import Experts
 from moesaic.model.transformer import Transformer
+from moesaic.ops import PLAIN, ExpertWeights
 from moesaic.ops.device import resident_bytes
-from moesaic.residency.expert_cache import ExpertCache, StoredExperts
+from moesaic.residency.expert_cache import READERS, ExpertCache, LayerOnDisk
+from moesaic.residency.expert_readers import AssembledExperts, StoredExperts
 from moesaic.residency.file_reader import FileReader
-from moesaic.residency.memory_plan import ACTIVATIONS, SLACK_BYTES, activation_bytes, make_plan
+from moesaic.residency.memory_plan import ACTIVATIONS, SLACK_BYTES, activation_bytes, make_plan, shown
 from moesaic.residency.residency import PREFILL_TOKENS, LayerStore, Residency
+from moesaic.residency.spill_file import SpillFile, spill_folder
 from moesaic.residency.stored_embedding import StoredEmbedding
-from moesaic.weight_reader import WeightDirectory
+from moesaic.safetensors_file import Extent
 
 EMBEDDING = "embed_tokens.weight"
-PROBED_EXPERTS = 8
+PROBED_EXPERTS = 32
+
+Read = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Names of the model's tensors -> these, in memory."""
 
 
-def load_within(model: Transformer, stored: HFDirectory, dtype: torch.dtype, budget: int) -> None:
-    """Fills `model`, quantised and on the meta device, so that all of it stays within `budget` bytes.
+def load_within(
+    model: Transformer, stored: HFDirectory, plain: Mapping[str, Tensor], read: Read, dtype: torch.dtype, budget: int
+) -> None:
+    """Fills `model`, on the meta device, so that all of it stays within `budget` bytes.
+
+    `plain` is the model's state before it was quantised, if it was; `read` gives those of its tensors that stay in
+    memory.
 
     Raises UsageError where that is impossible, with the numbers.
     """
-    weights = stored.weights
-    assert isinstance(weights, WeightDirectory)
-    like = model.state_dict()
-    stored.check(like)
-    layers = _stored_experts(model, weights)
-    reader = FileReader()
-    for extent in (extent for layer in layers for extent in layer.extents.values()):
-        reader.open(extent)
+    layers = _layers_on_disk(model, stored, plain, dtype)
+    packs = any(isinstance(layer.reader, AssembledExperts) and layer.weights.format != PLAIN for layer in layers)
+    num_readers = torch.get_num_threads() if packs else READERS
     if hasattr(model, "lm_head"):  # else the head multiplies with all of the embedding
-        extent, (rows, columns) = weights.extent(EMBEDDING), like[EMBEDDING].shape
-        embedding = StoredEmbedding(extent, (rows, columns), weights.dtype(EMBEDDING), dtype)
-        setattr(model, EMBEDDING.partition(".")[0], embedding)
-    dtypes = stored.dtypes(like, dtype)
+        _leave_embedding_on_disk(model, stored, plain[EMBEDDING].shape, dtype)
     resident = model.state_dict()
+    dtypes = stored.dtypes(plain, dtype)
+    kept = sum(_nbytes(tensor, dtypes.get(name, dtype)) for name, tensor in resident.items())
+    process, some = resident_bytes() + SLACK_BYTES, layers[0]
     parts = {
-        "the process": resident_bytes() + SLACK_BYTES,
-        "weights of all but the experts": sum(
-            tensor.numel() * dtypes[name].itemsize for name, tensor in resident.items()
-        ),
+        "the process": process,
+        "weights of all but the experts": kept,
         ACTIVATIONS: activation_bytes(model.config, PREFILL_TOKENS, logits=1),
     }
-    some = layers[0]
+    if isinstance(some.reader, AssembledExperts):
+        parts["buffers of readers"] = num_readers * some.reader.buffer_bytes
     experts = some.expert_bytes, some.num_experts * len(layers)
     plan = make_plan(budget, parts, *experts)
     most_slots = make_plan(budget, {**parts, ACTIVATIONS: 0}, *experts).slots
-    model.load_state_dict(stored.read(resident, dtype, torch.device("cpu")), assign=True)
-    cache = ExpertCache(_with_biases(layers, model), most_slots, reader)
+    if packs:
+        largest = max((plain[name].numel() for name in resident if name in plain), default=0) * stored.dtype.itemsize
+        require_room_to_pack(process, kept, largest, budget)
+    model.load_state_dict(read(list(resident)), assign=True)
+    model.requires_grad_(False)
+    cache = ExpertCache(_with_biases(layers, model), most_slots, num_readers)
     cache.resize(plan.slots)
-    _probe(reader, layers)
     residency = Residency(plan, cache, model.config, dtype)
     for number, layer in enumerate(model.moe_layers):
         layer.experts.store = LayerStore(residency, number)
 
 
-def _stored_experts(model: Transformer, weights: WeightDirectory) -> list[StoredExperts]:
-    """By layer; the modules have none of their own after it."""
-    layers = []
-    for name, module in model.named_modules():
-        if isinstance(module, Experts):
-            extents = {leaf: weights.extent(f"{name}.{leaf}") for leaf in ("gate_up", "down")}
-            layers.append(StoredExperts(module.move_out(), extents))
-    if len({(layer.weights.format, layer.num_experts, layer.expert_bytes) for layer in layers}) > 1:
+def _layers_on_disk(
+    model: Transformer, stored: HFDirectory, plain: Mapping[str, Tensor], dtype: torch.dtype
+) -> list[LayerOnDisk]:
+    """In their order; the modules have no experts of their own after it."""
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    weights = {name: module.move_out(dtype) for name, module in modules.items()}
+    if len({(one.format, one.gate_up.data[0].shape, one.down.data[0].shape) for one in weights.values()}) > 1:
         raise UsageError("the layers have experts of different sizes, which a budget does not serve; leave memory out")
+    reader = FileReader()
+    if stored.quantization is not None:
+        layers = [LayerOnDisk(one, _as_stored(stored, name, one, reader)) for name, one in weights.items()]
+    else:
+        layers = _assembled(stored, plain, weights, reader)
+    extents = [list(layer.reader.extents()) for layer in layers]
+    for extent in (extent for of_layer in extents for extent in of_layer):
+        reader.open(extent)
+    if stored.quantization is None:
+        reader.probe(_sample([extent for of_layer in extents[:4] for extent in of_layer]))
+    else:
+        count = layers[0].num_experts
+        stacks = [of_layer[0] for of_layer in extents[:4]]
+        reader.probe(_sample([stack.part(number, count) for stack in stacks for number in range(count)]))
     return layers
 
 
-def _with_biases(layers: list[StoredExperts], model: Transformer) -> list[StoredExperts]:
+def _as_stored(stored: HFDirectory, name: str, weights: ExpertWeights, reader: FileReader) -> StoredExperts:
+    stacks = {leaf: stored.weights.extent(f"{name}.{leaf}") for leaf in ("gate_up", "down")}
+    return StoredExperts(reader, stacks, weights.num_experts)
+
+
+def _assembled(
+    stored: HFDirectory, plain: Mapping[str, Tensor], weights: Mapping[str, ExpertWeights], reader: FileReader
+) -> list[LayerOnDisk]:
+    some = next(iter(weights.values()))
+    spilled = None
+    if some.format != PLAIN:
+        record_bytes = sum(stack.data[0].nbytes for stack in (some.gate_up, some.down))
+        spilled = SpillFile(spill_folder(), record_bytes)
+    layers: list[LayerOnDisk] = []
+    for number, (name, one) in enumerate(weights.items()):
+        parts = {leaf: expert_parts(stored, f"{name}.{leaf}", plain[f"{name}.{leaf}"]) for leaf in ("gate_up", "down")}
+        experts = AssembledExperts(reader, parts, stored.dtype, spilled, number * one.num_experts)
+        layers.append(LayerOnDisk(one, experts))
+    return layers
+
+
+def _leave_embedding_on_disk(model: Transformer, stored: HFDirectory, shape: torch.Size, dtype: torch.dtype) -> None:
+    (tensor,) = stored.stored([EMBEDDING])
+    embedding = StoredEmbedding(
+        stored.weights.extent(tensor.name), (shape[0], shape[1]), stored.weights.dtype(tensor.name), dtype
+    )
+    setattr(model, EMBEDDING.partition(".")[0], embedding)
+
+
+def require_room_to_pack(process: int, packed: int, largest: int, budget: int) -> None:
+    """What is not of the experts is packed tensor by tensor while the model is loaded, the largest of them included."""
+    needed = process + packed + largest
+    if needed > budget:
+        raise UsageError(
+            f"memory {shown(budget)} is too little to pack this model while it is loaded: {shown(process)} the process "
+            f"+ {shown(packed)} packed weights + {shown(largest)} the largest before it is packed; quantise it once "
+            f"with `moesaic quantize MODEL OUT` and name OUT, or try memory {-(-needed // 2**26) * 64}MiB"
+        )
+
+
+def _with_biases(layers: list[LayerOnDisk], model: Transformer) -> list[LayerOnDisk]:
     """Now that the modules have theirs in memory."""
 
-    def filled(stored: StoredExperts, experts: Experts) -> StoredExperts:
+    def filled(layer: LayerOnDisk, experts: Experts) -> LayerOnDisk:
         biases = {name: getattr(experts, name) for name in ("gate_up_bias", "down_bias")}
-        return replace(stored, weights=replace(stored.weights, **biases))
+        return replace(layer, weights=replace(layer.weights, **biases))
 
-    return [filled(stored, layer.experts) for stored, layer in zip(layers, model.moe_layers, strict=True)]
+    return [filled(layer, module.experts) for layer, module in zip(layers, model.moe_layers, strict=True)]
 
 
-def _probe(reader: FileReader, layers: list[StoredExperts]) -> None:
-    """Reads in the way that is faster for some experts of each layer."""
-    numbers = range(0, layers[0].num_experts, max(1, layers[0].num_experts // PROBED_EXPERTS))
-    stacks = [(layer.extents["gate_up"], layer.num_experts) for layer in layers[:4]]
-    reader.probe([extent.part(number, count) for number in numbers for extent, count in stacks])
+def _nbytes(tensor: Tensor, dtype: torch.dtype) -> int:
+    return tensor.nbytes if tensor.dtype == torch.uint8 else tensor.numel() * dtype.itemsize
+
+
+def _sample(extents: Iterable[Extent]) -> list[Extent]:
+    """Some of them, from all over the files."""
+    every = list(extents)
+    return every[:: max(1, len(every) // PROBED_EXPERTS)][:PROBED_EXPERTS]

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from moesaic.checkpoint.families.hf_config import shortened
-from moesaic.errors import MoesaicError
-from moesaic.safetensors_file import DTYPES, Shape
+from moesaic.errors import MoesaicError, UsageError
+from moesaic.safetensors_file import DTYPES, Extent, Shape
 from moesaic.weight_reader import PART_BYTES, Read, WeightDirectory, check_fits, pieces
 
 METHODS = ("fp8", "mxfp4")
@@ -82,6 +82,15 @@ class UnpackedWeights:
     def dtype(self, name: str) -> torch.dtype:
         """bfloat16 for packed tensors. Raises MoesaicError for types that are neither plain nor packed."""
         return torch.bfloat16 if name in self._packed else self._stored.dtype(name)
+
+    def extent(self, name: str) -> Extent:
+        """Where a tensor lies that is stored plain. Raises UsageError for one that is packed."""
+        if name in self._packed:
+            raise UsageError(
+                f"{self.directory} is quantised ({self.stored_type(name)}), and can be read as a whole only; write it "
+                "with `moesaic quantize MODEL OUT`, --scheme mxfp4 where it is MXFP4, and name OUT"
+            )
+        return self._stored.extent(name)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, in memory of its own: as stored, or as bfloat16 when it is packed."""

@@ -33,7 +33,7 @@ class ModelOptions:
     quantization: Literal["int8", "int4", "mxfp4"] | None = None
     "Pack the weights while they are read; `moesaic quantize` does it once for all."
     memory: str | None = None
-    "What the process may take, such as 2GiB: experts of a quantised directory stay on disk."
+    "What the process may take, such as 2GiB: experts stay on disk, and are read when tokens need them."
     backend: str = "auto"
     "How experts are computed; `moesaic doctor` lists the choices."
     offline: Annotated[bool, Parameter(negative="")] = False

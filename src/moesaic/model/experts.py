@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config import ModelConfig
+from moesaic.errors import UsageError
 from moesaic.ops import BACKENDS, PLAIN, Activation, Backend, ExpertShape, ExpertWeights, Routing, pick
 from moesaic.ops.expert_rows import ExpertRows
 from moesaic.ops.expert_store import ExpertStore
@@ -47,10 +48,11 @@ class Experts(nn.Module):
             self.register_buffer(name, packed.data)
             self._packed[name] = packed
 
-    def move_out(self) -> ExpertWeights:
-        """Gives up gate_up and down, which are packed and may be on the meta device: what is in `store` counts."""
-        weights = self.weights(torch.float32)
-        for name in self.packed:
+    def move_out(self, dtype: torch.dtype) -> ExpertWeights:
+        """Gives up gate_up and down, which may be on the meta device: what is in `store` counts. What is not packed
+        will be of that type."""
+        weights = self.weights(dtype)
+        for name in ("gate_up", "down"):
             delattr(self, name)
         self._packed = {}
         return weights
@@ -100,6 +102,8 @@ class Experts(nn.Module):
 
     def _computed_from_store(self, x: Tensor, routing: Routing) -> Tensor:
         assert self.store is not None
+        if x.requires_grad and torch.is_grad_enabled():
+            raise UsageError("experts on disk are for inference and give no gradients; load the model without memory")
         rows = ExpertRows(x, routing, self._backend(x, self.store.format).run)
         with self.store.chunks(routing.expert_ids, x) as chunks:
             for weights in chunks:

@@ -6,7 +6,6 @@ N outputs, K inputs, P panels, S groups.
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from moesaic.errors import MoesaicError
@@ -29,6 +28,7 @@ def pack_matrices(
     *,
     bits: int,
     group_size: int,
+    threads: int,
     table: Sequence[int] = (),
     ends: Sequence[float] = (),
     instruction_set: str = "",
@@ -50,7 +50,7 @@ def pack_matrices(
             plain.data_ptr(),
             codes,
             list(ends),
-            torch.get_num_threads(),
+            threads,
             instruction_set,
             target.data_ptr(),
         )

@@ -124,25 +124,35 @@ def pack(weight: Tensor, format: str, group_size: int = DEFAULT_GROUP_SIZE) -> P
     with torch.inference_mode(False):  # the threads below write to it, and they are in no such mode
         data = torch.empty(shape, dtype=torch.uint8, device=weight.device)
     packed = PackedWeight(data, rows, columns, format, group_size)
-    if weight.is_meta:
-        return packed
+    if not weight.is_meta:
+        pack_into(weight, packed, threads=torch.get_num_threads())
+    return packed
 
-    if FORMATS[format].is_native and packs(weight):
-        chosen = FORMATS[format]
+
+@torch.no_grad()
+def pack_into(weight: Tensor, packed: PackedWeight, *, threads: int) -> None:
+    """Fills `packed`, of weight's shape. Raises as `pack`."""
+    chosen = FORMATS[packed.format]
+    if chosen.is_native and packs(weight):
         pack_matrices(
-            weight.detach(), data, bits=chosen.bits, group_size=group_size, table=chosen.table, ends=chosen.ends
+            weight.detach(),
+            packed.data,
+            bits=chosen.bits,
+            group_size=packed.group_size,
+            table=chosen.table,
+            ends=chosen.ends,
+            threads=threads,
         )
-        return packed
+        return
 
     def pack_panels(part: Tensor, target: Tensor) -> None:
-        target.copy_(_pack_panels(part, FORMATS[format], group_size))
+        target.copy_(_pack_panels(part, chosen, packed.group_size))
 
-    _on_all_threads(pack_panels, _panels(weight.detach(), packed))
-    if format == "mxfp4" and squared_error(weight, packed)[0]:
+    _on_all_threads(pack_panels, _panels(weight.detach(), packed), threads)
+    if packed.format == "mxfp4" and squared_error(weight, packed)[0]:
         raise MoesaicError(
             "its numbers are not of the form mxfp4, for experts that were published so; choose int8 or int4"
         )
-    return packed
 
 
 def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -161,21 +171,23 @@ def squared_error(weight: Tensor, packed: PackedWeight) -> tuple[float, float]:
         error = torch.linalg.vector_norm(restored.sub_(part), dtype=torch.float64)
         return float(error) ** 2, float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
 
-    sums = _on_all_threads(of_panels, _panels(weight.detach(), packed))
+    sums = _on_all_threads(of_panels, _panels(weight.detach(), packed), torch.get_num_threads())
     return sum(error for error, _ in sums), sum(total for _, total in sums)
 
 
-def _on_all_threads(run: Callable[[Tensor, Tensor], Result], chunks: Iterable[tuple[Tensor, Tensor]]) -> list[Result]:
+def _on_all_threads(
+    run: Callable[[Tensor, Tensor], Result], chunks: Iterable[tuple[Tensor, Tensor]], threads: int
+) -> list[Result]:
     """`run` of each chunk. A chunk is too small for torch to divide it among threads; so each has chunks of its own."""
-    threads = torch.get_num_threads()
     if threads == 1:
         return [run(*chunk) for chunk in chunks]
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(lambda chunk: run(*chunk), chunks))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _panels(weight: Tensor, packed: PackedWeight) -> Iterator[tuple[Tensor, Tensor]]:

@@ -17,13 +17,13 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from moesaic.ops import ExpertWeights
 from moesaic.ops.quantize import PackedWeight
-from moesaic.residency.file_reader import FileReader
+from moesaic.residency.expert_readers import ExpertReader
 from moesaic.residency.memory_plan import EXPERTS_PER_CHUNK, shown
 from moesaic.residency.slots import Expert, SlotTable
-from moesaic.safetensors_file import Extent
 
 READERS = 8
 """Threads that read; they wait for the disk rather than compute."""
@@ -59,13 +59,12 @@ class CacheStatistics:
 
 
 @dataclass(frozen=True)
-class StoredExperts:
-    """One layer's experts, on disk and in shape."""
+class LayerOnDisk:
+    """One layer's experts: their form, and how they are read."""
 
     weights: ExpertWeights
-    """Packed, on the meta device, with the biases of all E experts, where there are any, in memory."""
-    extents: Mapping[str, Extent]
-    """Of gate_up and down, all E experts one after another."""
+    """On the meta device, with the biases of all E experts, where there are any, in memory."""
+    reader: ExpertReader
 
     @property
     def num_experts(self) -> int:
@@ -73,7 +72,8 @@ class StoredExperts:
 
     @property
     def expert_bytes(self) -> int:
-        return sum(extent.nbytes for extent in self.extents.values()) // self.num_experts
+        """In memory."""
+        return sum(_data_of(stack)[0].nbytes for stack in (self.weights.gate_up, self.weights.down))
 
 
 @dataclass
@@ -81,7 +81,7 @@ class _Reads:
     """Experts on their way, with the slots that wait for them."""
 
     missing: list[Expert] = field(default_factory=list)
-    pending: dict[Future[None], tuple[Expert, int]] = field(default_factory=dict)
+    pending: dict[Future[int], tuple[Expert, int]] = field(default_factory=dict)
 
 
 class ExpertCache:
@@ -90,12 +90,11 @@ class ExpertCache:
     Raises MoesaicError, in `chunks`, for an expert that cannot be read; those in the cache stay good.
     """
 
-    def __init__(self, layers: Sequence[StoredExperts], num_slots: int, reader: FileReader) -> None:
+    def __init__(self, layers: Sequence[LayerOnDisk], num_slots: int, num_readers: int = READERS) -> None:
         self.layers = layers
         self.table = SlotTable(num_slots)
         self.statistics = [CacheStatistics() for _ in layers]
-        self._reader = reader
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="moesaic-read")
+        self._pool = ThreadPoolExecutor(num_readers, thread_name_prefix="moesaic-read")
         self._one_pass = Lock()
         self.most_slots = num_slots
         self._memory: list[mmap.mmap] = []
@@ -153,19 +152,16 @@ class ExpertCache:
         start = perf_counter()
         done = wait(reads.pending, return_when=FIRST_COMPLETED).done
         statistics.stall_seconds += perf_counter() - start
-        for future in done:
-            future.result()
+        statistics.bytes_read += sum(future.result() for future in done)
         arrived = dict(reads.pending.pop(future) for future in done)
         for expert, slot in arrived.items():
             self.table.put(expert, slot)
-            statistics.bytes_read += self.layers[expert[0]].expert_bytes
         return arrived
 
-    def _read(self, expert: Expert, slot: int) -> None:
+    def _read(self, expert: Expert, slot: int) -> int:
         layer, number = expert
-        stored = self.layers[layer]
-        for name, extent in stored.extents.items():
-            self._reader.read_into(extent.part(number, stored.num_experts), self._slots[name].data[slot].view(-1))
+        places = {name: _expert_of(stack, slot) for name, stack in self._slots.items()}
+        return self.layers[layer].reader.read(number, places)
 
     def _weights(self, layer: int, chunk: Mapping[Expert, int]) -> ExpertWeights:
         stored = self.layers[layer]
@@ -173,10 +169,18 @@ class ExpertCache:
         slots[[number for _, number in chunk]] = list(chunk.values())
         return replace(stored.weights, **self._slots, slots=torch.from_numpy(slots))
 
-    def _allocate(self, like: PackedWeight) -> PackedWeight:
+    def _allocate(self, like: PackedWeight | Tensor) -> PackedWeight | Tensor:
         """Slots at the start of a page, which take memory when they are first filled."""
-        nbytes = self.most_slots * like.data[0].numel()
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        one = _data_of(like)[0]
+        memory = mmap.mmap(-1, self.most_slots * one.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._memory.append(memory)
-        data = torch.frombuffer(memory, dtype=torch.uint8).view(self.most_slots, *like.data.shape[1:])
-        return replace(like, data=data)
+        data = torch.frombuffer(memory, dtype=one.dtype).view(self.most_slots, *one.shape)
+        return replace(like, data=data) if isinstance(like, PackedWeight) else data
+
+
+def _data_of(stack: PackedWeight | Tensor) -> Tensor:
+    return stack.data if isinstance(stack, PackedWeight) else stack
+
+
+def _expert_of(stack: PackedWeight | Tensor, slot: int) -> PackedWeight | Tensor:
+    return stack.of_expert(slot) if isinstance(stack, PackedWeight) else stack[slot]
