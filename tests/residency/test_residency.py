@@ -77,8 +77,10 @@ def test_logits_equal_those_of_the_model_in_memory(
         assert torch.equal(on_disk(tokens), in_memory(tokens))
     statistics = residency(on_disk).statistics
     experts = 8 * len(on_disk.moe_layers)
-    assert statistics.misses >= (experts if slots < experts else 1)
-    assert statistics.bytes_read == statistics.misses * residency(on_disk).plan.slot_bytes
+    read = statistics.misses + statistics.read_ahead + statistics.read_in_vain
+    assert read >= (experts if slots < experts else 1)
+    pending = len(residency(on_disk).cache._ahead.pending)
+    assert 0 <= read * residency(on_disk).plan.slot_bytes - statistics.bytes_read <= pending
 
 
 def test_text_is_the_same_token_for_token(tmp_path: Path, with_slots: Callable[[Path, int], Transformer]) -> None:
@@ -101,9 +103,9 @@ def test_what_fits_is_read_once(tmp_path: Path) -> None:
         first = residency(model).statistics
         model(tokens)
     again = residency(model).statistics
-    assert first.hits == 0
-    assert (again.misses, again.bytes_read) == (first.misses, first.bytes_read)
-    assert again.hits == first.misses
+    assert first.hits == first.read_ahead
+    assert (again.misses, again.bytes_read, again.read_ahead) == (first.misses, first.bytes_read, first.read_ahead)
+    assert again.hits == first.hits + first.misses + first.hits
 
 
 @pytest.fixture

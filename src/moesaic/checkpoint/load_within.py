@@ -20,6 +20,7 @@ from moesaic.ops.device import resident_bytes
 from moesaic.residency.expert_cache import READERS, ExpertCache, LayerOnDisk
 from moesaic.residency.expert_readers import AssembledExperts, StoredExperts
 from moesaic.residency.file_reader import FileReader
+from moesaic.residency.foresight import look_ahead
 from moesaic.residency.memory_plan import ACTIVATIONS, SLACK_BYTES, activation_bytes, make_plan, shown
 from moesaic.residency.residency import PREFILL_TOKENS, LayerStore, Residency
 from moesaic.residency.spill_file import SpillFile, spill_folder
@@ -70,8 +71,8 @@ def load_within(
     cache = ExpertCache(_with_biases(layers, model), most_slots, num_readers)
     cache.resize(plan.slots)
     residency = Residency(plan, cache, model.config, dtype)
-    for number, layer in enumerate(model.moe_layers):
-        layer.experts.store = LayerStore(residency, number)
+    for number, (layer, ahead) in enumerate(zip(model.moe_layers, look_ahead(model.blocks), strict=True)):
+        layer.experts.store = LayerStore(residency, number, ahead)
 
 
 def _layers_on_disk(

@@ -8,7 +8,7 @@ E experts of a layer, S slots.
 """
 
 import mmap
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -22,6 +22,7 @@ from torch import Tensor
 from moesaic.ops import ExpertWeights
 from moesaic.ops.quantize import PackedWeight
 from moesaic.residency.expert_readers import ExpertReader
+from moesaic.residency.foresight import Foresight, Guess
 from moesaic.residency.memory_plan import EXPERTS_PER_CHUNK, shown
 from moesaic.residency.slots import Expert, SlotTable
 
@@ -38,6 +39,10 @@ class CacheStatistics:
     bytes_read: int = 0
     stall_seconds: float = 0.0
     """How long computing waited for reads."""
+    read_ahead: int = 0
+    """Hits that had been read, or were on their way, because they were expected."""
+    read_in_vain: int = 0
+    """Experts that were expected, read and then not needed."""
 
     def __str__(self) -> str:
         return (
@@ -55,6 +60,8 @@ class CacheStatistics:
             self.misses + other.misses,
             self.bytes_read + other.bytes_read,
             self.stall_seconds + other.stall_seconds,
+            self.read_ahead + other.read_ahead,
+            self.read_in_vain + other.read_in_vain,
         )
 
 
@@ -90,10 +97,15 @@ class ExpertCache:
     Raises MoesaicError, in `chunks`, for an expert that cannot be read; those in the cache stay good.
     """
 
-    def __init__(self, layers: Sequence[LayerOnDisk], num_slots: int, num_readers: int = READERS) -> None:
+    def __init__(
+        self, layers: Sequence[LayerOnDisk], num_slots: int, num_readers: int = READERS, policy: str = "next_use"
+    ) -> None:
         self.layers = layers
-        self.table = SlotTable(num_slots)
+        self.table = SlotTable(num_slots, len(layers), layers[0].num_experts, policy)
         self.statistics = [CacheStatistics() for _ in layers]
+        self.foresight = Foresight()
+        self._ahead = _Reads()
+        """For the layer after the one that was computed last."""
         self._pool = ThreadPoolExecutor(num_readers, thread_name_prefix="moesaic-read")
         self._one_pass = Lock()
         self.most_slots = num_slots
@@ -105,6 +117,7 @@ class ExpertCache:
         with self._one_pass:
             if num_slots == self.table.number:
                 return
+            self._settle()
             self.table.resize(num_slots)
             for memory in self._memory:
                 slot_bytes = len(memory) // self.most_slots
@@ -112,40 +125,98 @@ class ExpertCache:
                 if first < len(memory):
                     memory.madvise(mmap.MADV_DONTNEED, first, len(memory) - first)
 
-    def chunks(self, layer: int, numbers: Sequence[int]) -> Generator[ExpertWeights, None, None]:
-        """These experts of a layer, as ExpertStore says. To be closed, so that no read goes on; until then nobody else
-        has the cache."""
+    def chunks(
+        self, layer: int, numbers: Sequence[int], ahead: Guess | None = None
+    ) -> Generator[ExpertWeights, None, None]:
+        """These experts of a layer, as ExpertStore says, and while they are computed reads for another layer's that it
+        may need next. To be closed, so that no read of this layer goes on; until then nobody else has the cache."""
         with self._one_pass:
             reads = _Reads()
             try:
-                yield from self._chunks(reads, layer, numbers)
+                yield from self._chunks(reads, layer, numbers, ahead)
             finally:
                 wait(reads.pending)  # they write into their slots
-                self.table.end_pass()
+                self.table.end_pass([slot for _, slot in self._ahead.pending.values()])
 
-    def _chunks(self, reads: _Reads, layer: int, numbers: Sequence[int]) -> Generator[ExpertWeights, None, None]:
+    def _chunks(
+        self, reads: _Reads, layer: int, numbers: Sequence[int], ahead: Guess | None
+    ) -> Iterator[ExpertWeights]:
+        self.table.begin_pass(layer, numbers)
         experts = [(layer, number) for number in numbers]
+        self._take_over(reads, set(experts))
+        awaited = {expert for expert, _ in reads.pending.values()}
         ready = {expert: self.table.hold(expert) for expert in experts if expert in self.table}
-        reads.missing = [expert for expert in experts if expert not in ready]
+        reads.missing = [expert for expert in experts if expert not in ready and expert not in awaited]
         statistics = self.statistics[layer]
-        statistics.hits += len(ready)
+        statistics.hits += len(experts) - len(reads.missing)
         statistics.misses += len(reads.missing)
-        self._start(reads)
-        while ready or reads.pending:
+        self._start(reads, ahead)
+        while ready or reads.pending or reads.missing:
             if not ready:
-                ready |= self._arrived(reads, statistics)
+                if reads.pending:
+                    ready |= self._arrived(reads, statistics)
+                else:  # other layers' experts are on their way into all slots
+                    wait(self._ahead.pending, return_when=FIRST_COMPLETED)
+                    self._dismiss(self._ahead)
+                    self._start(reads, ahead)
                 continue
             chunk = dict(islice(ready.items(), EXPERTS_PER_CHUNK))
             yield self._weights(layer, chunk)
             self.table.let_go(chunk.values())
             ready = {expert: slot for expert, slot in ready.items() if expert not in chunk}
-            self._start(reads)
+            self._start(reads, ahead)
 
-    def _start(self, reads: _Reads) -> None:
-        """As many reads as there are slots to be had."""
-        while reads.missing and (slot := self.table.claim()) is not None:
+    def _start(self, reads: _Reads, ahead: Guess | None) -> None:
+        """As many reads as there are slots to be had; when all of the layer have begun, those ahead of it."""
+        self._submit(reads)
+        if ahead is not None and not reads.missing and not ahead.is_taken_up:
+            ahead.is_taken_up = True
+            expected = [(ahead.layer, number) for number in ahead.numbers]
+            self.table.expect(expected)
+            awaited = {expert for expert, _ in self._ahead.pending.values()}
+            absent = [expert for expert in expected if expert not in self.table and expert not in awaited]
+            self._ahead.missing = self.foresight.worth_reading(ahead, absent)
+        if not reads.missing:
+            self._submit(self._ahead, most=self.table.number // 2)
+
+    def _submit(self, reads: _Reads, most: int | None = None) -> None:
+        """At most so many at a time."""
+        while reads.missing and (most is None or len(reads.pending) < most):
+            slot = self.table.claim()
+            if slot is None:
+                return
             expert = reads.missing.pop(0)
             reads.pending[self._pool.submit(self._read, expert, slot)] = expert, slot
+
+    def _take_over(self, reads: _Reads, needed: set[Expert]) -> None:
+        """What was read ahead, or still is: what is needed is awaited, what is not may leave."""
+        self.foresight.learn(needed)
+        self._ahead.missing = []
+        for future, (expert, _) in list(self._ahead.pending.items()):
+            if expert in needed:
+                self.statistics[expert[0]].read_ahead += 1
+                reads.pending[future] = self._ahead.pending.pop(future)
+        self._dismiss(self._ahead)
+
+    def _dismiss(self, reads: _Reads) -> None:
+        """What has come and is not needed now."""
+        for future in [future for future in reads.pending if future.done()]:
+            self._end_of_no_use(future, *reads.pending.pop(future))
+
+    def _settle(self) -> None:
+        """Nothing is read ahead any more."""
+        wait(self._ahead.pending)
+        self._take_over(_Reads(), set())
+        self.table.end_pass()
+
+    def _end_of_no_use(self, future: Future[int], expert: Expert, slot: int) -> None:
+        if future.exception() is None:
+            self.table.put(expert, slot)
+            self.table.let_go([slot])
+            self.statistics[expert[0]].bytes_read += future.result()
+            self.statistics[expert[0]].read_in_vain += 1
+        else:  # whoever needs the expert will read it again, and be told
+            self.table.give_back(slot)
 
     def _arrived(self, reads: _Reads, statistics: CacheStatistics) -> dict[Expert, int]:
         """What has come, one expert at least, with its slot. Raises what a read raised."""

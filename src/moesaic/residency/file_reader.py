@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,9 +110,9 @@ class _File:
     def _read_past_cache(self, extent: Extent, target: Tensor) -> None:
         if self.direct is None:
             raise _NotPossible
-        memory = target.numpy().data
+        to = target.numpy()
         if extent.offset % PAGE == extent.nbytes % PAGE == target.data_ptr() % PAGE == 0:
-            self._fill(self.direct, extent.offset, memory)
+            self._fill(self.direct, extent.offset, to.data)
             return
         staging, done = _staging(), 0
         while done < extent.nbytes:
@@ -120,7 +121,8 @@ class _File:
             count = min(extent.nbytes - done, STAGING_BYTES - first)
             wanted = -(-(first + count) // PAGE) * PAGE
             self._fill(self.direct, offset - first, staging[:wanted], enough=first + count)
-            memory[done : done + count] = staging[first : first + count]
+            read = np.frombuffer(staging, np.uint8, count, first)
+            np.copyto(to[done : done + count], read)  # as it holds no lock, other threads go on
             done += count
 
     def _fill(self, descriptor: int, offset: int, memory: memoryview, enough: int | None = None) -> None:

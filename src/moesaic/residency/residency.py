@@ -12,6 +12,7 @@ from moesaic.config import ModelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.ops import ExpertWeights
 from moesaic.residency.expert_cache import CacheStatistics, ExpertCache
+from moesaic.residency.foresight import Lookahead
 from moesaic.residency.memory_plan import ACTIVATIONS, MemoryPlan, activation_bytes, make_plan
 
 PREFILL_TOKENS = 512
@@ -86,13 +87,15 @@ class LayerStore:
 
     residency: Residency
     layer: int
+    ahead: Lookahead | None
 
     @property
     def format(self) -> str:
         return self.residency.cache.layers[self.layer].weights.format
 
     def chunks(self, expert_ids: Tensor, x: Tensor) -> AbstractContextManager[Iterator[ExpertWeights]]:
-        return closing(self.residency.cache.chunks(self.layer, sorted(set(expert_ids.tolist()))))
+        guess = None if self.ahead is None else self.ahead.guess(x, len(expert_ids))
+        return closing(self.residency.cache.chunks(self.layer, sorted(set(expert_ids.tolist())), guess))
 
 
 def residency_of(model: Transformer) -> Residency | None:
