@@ -32,6 +32,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # from linux/fs.h and fcntl.h
 MAX_JSON_BYTES = 64 * 2**20
 MAX_SHARD_BYTES = 5 * 10**9
 PART_BYTES = 8 * 2**20
+PAGE = 4096
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 SAFETENSORS_DTYPES = {
@@ -192,8 +193,11 @@ def write_safetensors(path: Path, tensors: ToWrite, metadata: Mapping[str, str] 
     Not the library's own writer, because that one wants all tensors at once, and writes through a memory map, where a
     full disk kills the process.
     """
-    # Wide types first, so that every tensor stays aligned.
-    planned = sorted(_planned(tensors), key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    # Whole pages first, which can then be read past the page cache into their place; then wide types, so that every
+    # tensor stays aligned.
+    planned = sorted(
+        _planned(tensors), key=lambda tensor: (tensor.nbytes % PAGE > 0, -tensor.dtype.itemsize, tensor.name)
+    )
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for tensor in planned:
@@ -208,7 +212,7 @@ def write_safetensors(path: Path, tensors: ToWrite, metadata: Mapping[str, str] 
         }
         offset += tensor.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-(8 + len(encoded)) % PAGE)
     with path.open("wb", buffering=0) as file:
         written = _HashedFile(file)
         written.write(len(encoded).to_bytes(8, "little") + encoded)
