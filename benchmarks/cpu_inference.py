@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -32,7 +33,7 @@ from moesaic.config import ModelConfig, MoEConfig
 from moesaic.model.transformer import Transformer
 
 try:
-    import transformers
+    TRANSFORMERS = version("transformers")  # not imported here: it takes 30 MB, which sides in little memory would have
     from inference.gguf_model import quantize, write_gguf
 except ModuleNotFoundError as error:
     raise SystemExit(f"this benchmark needs {error.name}; install the peers: pip install -e '.[peers]'") from None
@@ -189,7 +190,7 @@ def _measure_format(
     ]
     if kind.transformers:
         side = partial(Transformers, files["hf"], threads, dtype="bfloat16")
-        peers.append(Side(f"transformers {transformers.__version__}", side))
+        peers.append(Side(f"transformers {TRANSFORMERS}", side))
     generator = np.random.default_rng(arguments.seed)
     rows = []
     with Contest([ours, *peers], threads) as contest:

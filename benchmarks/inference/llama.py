@@ -44,15 +44,18 @@ class LlamaModel:
 
     def __init__(
         self, path: Path, *, threads: int, capacity: int, sequences: int = 1, all_logits: bool = False,
-        exact: bool = False, repack: bool = True,
+        exact: bool = False, repack: bool = True, lazy: bool = False,
     ) -> None:  # fmt: skip
         """Room for `capacity` tokens of each of so many sequences; `all_logits`: of every position, not of the last.
 
-        Without `repack` the weights stay where they are mapped, which takes no memory of its own.
+        Without `repack` the weights stay where they are mapped, which takes no memory of its own; `lazy` reads rows of
+        tensors only when they are asked for, where the architecture allows it.
         """
         llama_cpp.llama_backend_init()
         how = llama_cpp.llama_model_default_params()
         how.use_extra_bufts = repack
+        if lazy:
+            how.lazy_mode = llama_cpp.llama_cpp.LLAMA_LAZY_MODE_ON
         self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), how)
         if not self._model:
             raise failure(f"llama.cpp cannot load {path}")

@@ -92,13 +92,26 @@ class Llama:
     """A GGUF file in llama.cpp, with room for `capacity` tokens in each sequence."""
 
     def __init__(
-        self, path: Path, threads: int, *, capacity: int, all_logits: bool = False, repack: bool = True
+        self,
+        path: Path,
+        threads: int,
+        *,
+        capacity: int,
+        all_logits: bool = False,
+        repack: bool = True,
+        lazy: bool = False,
     ) -> None:
         from inference.llama import LlamaModel
 
         self._models: dict[int, Any] = {}
         self._make = lambda sequences: LlamaModel(
-            path, threads=threads, capacity=capacity, sequences=sequences, all_logits=all_logits, repack=repack
+            path,
+            threads=threads,
+            capacity=capacity,
+            sequences=sequences,
+            all_logits=all_logits,
+            repack=repack,
+            lazy=lazy,
         )
         self._model(1)
 

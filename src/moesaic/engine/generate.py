@@ -84,7 +84,8 @@ def stream(
     _require_room(model, len(prompt_ids), config.max_tokens)
     capacity = len(prompt_ids) + config.max_tokens
     residency = residency_of(model)
-    with nullcontext() if residency is None else residency.room(cached_tokens=capacity) as room:
+    sizes = {"cached_tokens": capacity, "pass_tokens": min(len(prompt_ids), PREFILL_TOKENS)}
+    with nullcontext() if residency is None else residency.room(**sizes) as room:
         yield from _stream(model, tokenizer, prompt_ids, config, generation, room)
 
 

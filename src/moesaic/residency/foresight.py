@@ -39,7 +39,7 @@ class Guess:
 
 
 class Foresight:
-    """How good guesses are that are not certain, of experts that are not in memory; that decides whether to read them."""
+    """How good uncertain guesses are, of experts that are not in memory; that decides whether to read these."""
 
     def __init__(self) -> None:
         self.precision = 1.0

@@ -1,6 +1,6 @@
 """A model whose experts stay on disk, within a budget of memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 
@@ -45,6 +45,8 @@ class Residency:
         self._config, self._dtype = config, str(dtype).removeprefix("torch.")
         self._fixed = {name: nbytes for name, nbytes in plan.parts.items() if name != ACTIVATIONS}
         self._rooms: list[Room] = []
+        self._pass_tokens = PREFILL_TOKENS
+        """That there are activations for."""
 
     @property
     def statistics(self) -> CacheStatistics:
@@ -67,14 +69,22 @@ class Residency:
             self.plan_anew()
 
     def plan_anew(self) -> None:
-        """As all rooms that are open have it."""
-        rooms = self._rooms or [Room(self, 0, PREFILL_TOKENS, 1)]
+        """As all rooms that are open have it; without any, nothing is computed."""
+        self._plan_for(self._rooms or [Room(self, 0, 1, 1)])
+
+    def make_way(self, tokens: int) -> None:
+        """For a pass over so many tokens, whether or not somebody made a room for it."""
+        if tokens > self._pass_tokens:
+            self._plan_for([*self._rooms, Room(self, 0, tokens, 1)])
+
+    def _plan_for(self, rooms: Sequence[Room]) -> None:
         cached = sum(room.cached_tokens for room in rooms)
         parts = {**self._fixed, ACTIVATIONS: max(map(self._activation_bytes, rooms))}
         if cached:
             parts[f"keys and values of {cached:,} tokens"] = cached * kv_bytes_per_token(self._config, self._dtype)
         plan = make_plan(self.plan.budget, parts, self.plan.slot_bytes, self.plan.num_experts)
         self.plan = replace(plan, slots=min(plan.slots, self.cache.most_slots))
+        self._pass_tokens = max(room.pass_tokens for room in rooms)
         self.cache.resize(self.plan.slots)
 
     def _activation_bytes(self, room: Room) -> int:
@@ -94,6 +104,7 @@ class LayerStore:
         return self.residency.cache.layers[self.layer].weights.format
 
     def chunks(self, expert_ids: Tensor, x: Tensor) -> AbstractContextManager[Iterator[ExpertWeights]]:
+        self.residency.make_way(len(x))
         guess = None if self.ahead is None else self.ahead.guess(x, len(expert_ids))
         return closing(self.residency.cache.chunks(self.layer, sorted(set(expert_ids.tolist())), guess))
 
