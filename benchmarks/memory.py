@@ -6,7 +6,7 @@ cache, and tokens that repeat as texts do route so that a cache hits as often as
 
 Each side is a process in a memory cgroup of its own, whose limit is a share of our quantised directory's size, page
 cache included: what a side reads from disk counts as its memory while it is kept. We are told the limit (`--memory`);
-llama.cpp maps its file, as a whole or in its lazy mode, of which each has a copy, so that none has the other's pages.
+llama.cpp maps its file, and beside the bench model a copy of it in its lazy mode, so that none has the other's pages.
 The page cache is emptied before the sides of a limit start; the first round is the cold one. Sides take turns with the
 same tokens. The limit of decode is the time to read what missed at the rate of the disk and what was used at the rate
 of memory, both measured in the same run. Needs root, for the cgroup.
@@ -61,11 +61,12 @@ class Model:
     embedding: float | None
     traces: tuple[str, ...]
     """Of its tokens: random, correlated."""
+    peers: tuple[str, ...]
 
 
 MODELS = (
-    Model("4 layers", LAYERS, None, ("random",)),
-    Model("16 layers", LARGE_LAYERS, LARGE_EMBEDDING, ("random", "correlated")),
+    Model("4 layers", LAYERS, None, ("random",), (MAPPED, LAZY)),
+    Model("16 layers", LARGE_LAYERS, LARGE_EMBEDDING, ("random", "correlated"), (MAPPED,)),
 )
 
 
@@ -92,7 +93,7 @@ def _measure_model(model: Model, scratch: Path, arguments: argparse.Namespace) -
         note("quantising to int4")
         quantize(files["hf"], directory, "int4")
     copy = folder / "Q4_0-copy.gguf"
-    if not copy.exists():
+    if LAZY in model.peers and not copy.exists():
         shutil.copyfile(files["Q4_0"], copy)
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     rates = disk_rate(directory), measure_limits(arguments.threads).read
@@ -101,7 +102,8 @@ def _measure_model(model: Model, scratch: Path, arguments: argparse.Namespace) -
     for share in (0.67,) if arguments.quick else SHARES:
         limit = int(share * size)
         sides = [Side(OURS, partial(Capped, partial(WithinMemory, directory, arguments.threads, limit), limit))]
-        for name, file in ((MAPPED, files["Q4_0"]), (LAZY, copy)):
+        for name in model.peers:
+            file = copy if name == LAZY else files["Q4_0"]
             sides.append(Side(name, partial(Capped, _llama(file, arguments, lazy=name == LAZY), limit)))
         rows += _measure_share(model, share, limit, sides, rates, arguments)
         if share == 0.67:

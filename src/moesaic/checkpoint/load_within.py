@@ -20,7 +20,7 @@ from moesaic.ops.device import resident_bytes
 from moesaic.residency.expert_cache import READERS, ExpertCache, LayerOnDisk
 from moesaic.residency.expert_readers import AssembledExperts, StoredExperts
 from moesaic.residency.file_reader import FileReader
-from moesaic.residency.foresight import look_ahead
+from moesaic.residency.foresight import look_ahead, look_ahead_bytes
 from moesaic.residency.memory_plan import ACTIVATIONS, SLACK_BYTES, activation_bytes, make_plan, shown
 from moesaic.residency.residency import PREFILL_TOKENS, LayerStore, Residency
 from moesaic.residency.spill_file import SpillFile, spill_folder
@@ -53,6 +53,7 @@ def load_within(
     dtypes = stored.dtypes(plain, dtype)
     kept = sum(_nbytes(tensor, dtypes.get(name, dtype)) for name, tensor in resident.items())
     process, some = resident_bytes() + SLACK_BYTES, layers[0]
+    kept += look_ahead_bytes(some.num_experts, model.config.hidden_size, len(layers))
     parts = {
         "the process": process,
         "weights of all but the experts": kept,

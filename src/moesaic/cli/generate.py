@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -60,7 +61,11 @@ def generate(
     }
     if residency is not None:
         statistics = residency.statistics
-        report |= {"hit_rate": statistics.hit_rate, "bytes_read": statistics.bytes_read}
+        report |= {
+            "hit_rate": statistics.hit_rate,
+            "bytes_read": statistics.bytes_read,
+            "expert_cache": [asdict(layer) for layer in residency.cache.statistics],
+        }
     print(json.dumps(report))
 
 

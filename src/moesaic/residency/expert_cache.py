@@ -46,7 +46,8 @@ class CacheStatistics:
 
     def __str__(self) -> str:
         return (
-            f"{self.hit_rate:.0%} of {self.hits + self.misses:,} were in memory, {shown(self.bytes_read)} read, "
+            f"{self.hit_rate:.0%} of {self.hits + self.misses:,} were in memory or on their way "
+            f"({self.read_ahead:,} read ahead, {self.read_in_vain:,} in vain), {shown(self.bytes_read)} read, "
             f"{self.stall_seconds:.1f} s waited"
         )
 

@@ -93,6 +93,11 @@ def look_ahead(blocks: Sequence[Block]) -> list[Lookahead | None]:
     return [*ahead, None]
 
 
+def look_ahead_bytes(num_experts: int, hidden_size: int, num_layers: int) -> int:
+    """Of the routers that `look_ahead` makes, at most."""
+    return (num_layers - 1) * num_experts * hidden_size * 4
+
+
 def _router_seen_from(block: Block, following: Block) -> native_step.RouterStep | None:
     moe, norms = following.feed_forward, (block.feed_forward_norm, following.feed_forward_norm)
     assert isinstance(moe, MoE)
