@@ -8,8 +8,8 @@ Each side is a process in a memory cgroup of its own, whose limit is a share of 
 cache included: what a side reads from disk counts as its memory while it is kept. We are told the limit (`--memory`);
 llama.cpp maps its file, and beside the bench model a copy of it in its lazy mode, so that none has the other's pages.
 The page cache is emptied before the sides of a limit start; the first round is the cold one. Sides take turns with the
-same tokens. The limit of decode is the time to read what missed at the rate of the disk, and after that what was used at
-the rate of memory, both measured in the same run. Needs root, for the cgroup.
+same tokens. The limit of decode is the time to read what missed at the rate of the disk, and after that what was used
+at the rate of memory, both measured in the same run. Needs root, for the cgroup.
 """
 
 import argparse

@@ -18,8 +18,9 @@ from moesaic.config import ModelConfig, MoEConfig, SamplingConfig
 from moesaic.engine.generate import Generation, stream
 from moesaic.errors import MoesaicError, UsageError
 from moesaic.model.transformer import Transformer
+from moesaic.residency.foresight import Guess
 from moesaic.residency.memory_plan import MemoryPlan, make_plan
-from moesaic.residency.residency import Residency, residency_of
+from moesaic.residency.residency import LayerStore, Residency, residency_of
 from moesaic.tokenizer import byte_tokenizer
 
 MOE = MoEConfig(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=64)
@@ -149,6 +150,74 @@ def test_rooms_may_open_and_close_in_any_order(tight: Residency) -> None:
     second.__exit__(None, None, None)
     assert tight.plan.parts["activations"] < prefill
     assert tight.plan.slots == 24
+
+
+def test_slots_change_after_the_pass_that_this_thread_has(
+    tmp_path: Path, with_slots: Callable[[Path, int], Transformer]
+) -> None:
+    """The collector may close a text that was given up while another is computed."""
+    cache = residency(with_slots(quantized(tmp_path), 24)).cache
+    chunks = cache.chunks(0, [0, 1])
+    next(chunks)
+    cache.resize(5)
+    assert cache.table.number == 24
+    chunks.close()
+    list(cache.chunks(1, [0, 1, 2, 3, 4, 5, 6]))
+    assert cache.table.number == 5
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_torchs_default_type_changes_nothing(
+    tmp_path: Path, with_slots: Callable[[Path, int], Transformer], default: torch.dtype
+) -> None:
+    directory, tokens = quantized(tmp_path), torch.randint(0, 257, (1, 40))
+    in_memory, on_disk = moesaic.load(directory), with_slots(directory, 5)
+    expected = in_memory(tokens)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(on_disk(tokens), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("slots", [2, 5, 12])
+def test_a_pass_that_was_interrupted_while_it_ended_is_ended_by_the_next(
+    tmp_path: Path, with_slots: Callable[[Path, int], Transformer], monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    model, tokens = with_slots(quantized(tmp_path), slots), torch.randint(0, 257, (1, 40))
+    expected, cache = model(tokens), residency(model).cache
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "_submit", interrupted)
+        patched.setattr(cache.table, "end_pass", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(tokens)
+    assert torch.equal(model(tokens), expected)
+
+
+@torch.inference_mode()
+def test_guesses_are_read_ahead_while_they_come_true(
+    tmp_path: Path, with_slots: Callable[[Path, int], Transformer]
+) -> None:
+    model = with_slots(quantized(tmp_path), 12)
+    cache = residency(model).cache
+    cache.foresight.precision = 0.0
+    model(torch.randint(0, 257, (1, 1)))
+    statistics = residency(model).statistics
+    assert statistics.read_ahead == statistics.read_in_vain == 0
+    first, second, last = (layer.experts.store for layer in model.moe_layers)
+    for number, store in ((1, first), (2, second)):
+        assert isinstance(store, LayerStore)
+        assert store.ahead is not None
+        guess = store.ahead.guess(torch.randn(1, 64), 3)
+        assert guess is not None
+        assert (guess.layer, len(guess.numbers)) == (number, 3)
+        assert store.ahead.guess(torch.randn(40, 64), 120) == Guess(number, range(8), is_certain=True)
+    assert isinstance(last, LayerStore)
+    assert last.ahead is None
 
 
 def test_a_pass_without_a_room_gets_what_it_needs(

@@ -44,7 +44,8 @@ def load_within(
 
     Raises UsageError where that is impossible, with the numbers.
     """
-    layers = _layers_on_disk(model, stored, plain, dtype)
+    reader = FileReader()
+    layers = _layers_on_disk(model, stored, plain, dtype, reader)
     packs = any(isinstance(layer.reader, AssembledExperts) and layer.weights.format != PLAIN for layer in layers)
     num_readers = torch.get_num_threads() if packs else READERS
     if hasattr(model, "lm_head"):  # else the head multiplies with all of the embedding
@@ -65,8 +66,9 @@ def load_within(
     plan = make_plan(budget, parts, *experts)
     most_slots = make_plan(budget, {**parts, ACTIVATIONS: 0}, *experts).slots
     if packs:
-        largest = max((plain[name].numel() for name in resident if name in plain), default=0) * stored.dtype.itemsize
+        largest = max(_numbers_read_for(name, stored, plain) for name in resident) * stored.dtype.itemsize
         require_room_to_pack(process, kept, largest, budget)
+    _open(reader, layers)
     model.load_state_dict(read(list(resident)), assign=True)
     model.requires_grad_(False)
     cache = ExpertCache(_with_biases(layers, model), most_slots, num_readers)
@@ -77,28 +79,24 @@ def load_within(
 
 
 def _layers_on_disk(
-    model: Transformer, stored: HFDirectory, plain: Mapping[str, Tensor], dtype: torch.dtype
+    model: Transformer, stored: HFDirectory, plain: Mapping[str, Tensor], dtype: torch.dtype, reader: FileReader
 ) -> list[LayerOnDisk]:
     """In their order; the modules have no experts of their own after it."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     weights = {name: module.move_out(dtype) for name, module in modules.items()}
     if len({(one.format, one.gate_up.data[0].shape, one.down.data[0].shape) for one in weights.values()}) > 1:
         raise UsageError("the layers have experts of different sizes, which a budget does not serve; leave memory out")
-    reader = FileReader()
-    if stored.quantization is not None:
-        layers = [LayerOnDisk(one, _as_stored(stored, name, one, reader)) for name, one in weights.items()]
-    else:
-        layers = _assembled(stored, plain, weights, reader)
-    extents = [list(layer.reader.extents()) for layer in layers]
-    for extent in (extent for of_layer in extents for extent in of_layer):
-        reader.open(extent)
     if stored.quantization is None:
-        reader.probe(_sample([extent for of_layer in extents[:4] for extent in of_layer]))
-    else:
-        count = layers[0].num_experts
-        stacks = [of_layer[0] for of_layer in extents[:4]]
-        reader.probe(_sample([stack.part(number, count) for stack in stacks for number in range(count)]))
-    return layers
+        return _assembled(stored, plain, weights, reader)
+    return [LayerOnDisk(one, _as_stored(stored, name, one, reader)) for name, one in weights.items()]
+
+
+def _open(reader: FileReader, layers: Sequence[LayerOnDisk]) -> None:
+    """The files of all experts, which are then read in the way that is faster for some of them."""
+    for layer in layers:
+        for extent in layer.reader.extents():
+            reader.open(extent)
+    reader.probe(_sample([extent for layer in layers[:4] for extent in layer.reader.single_reads()]))
 
 
 def _as_stored(stored: HFDirectory, name: str, weights: ExpertWeights, reader: FileReader) -> StoredExperts:
@@ -128,6 +126,12 @@ def _leave_embedding_on_disk(model: Transformer, stored: HFDirectory, shape: tor
         stored.weights.extent(tensor.name), (shape[0], shape[1]), stored.weights.dtype(tensor.name), dtype
     )
     setattr(model, EMBEDDING.partition(".")[0], embedding)
+
+
+def _numbers_read_for(name: str, stored: HFDirectory, plain: Mapping[str, Tensor]) -> int:
+    """Those of a tensor that are in memory while it is packed, and of what lies in one on disk with it."""
+    together = stored.joined(name if name in plain else EMBEDDING)  # a head that is tied to it
+    return sum(plain[one].numel() for one in together) * min(len(together), 2)
 
 
 def require_room_to_pack(process: int, packed: int, largest: int, budget: int) -> None:

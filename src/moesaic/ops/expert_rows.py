@@ -25,8 +25,8 @@ class ExpertRows:
 
     def __init__(self, x: Tensor, routing: Routing, run: Run) -> None:
         self._x, self._routing, self._run = x, routing, run
-        self._rows_ND = torch.empty(len(routing.expert_ids), x.shape[1])
-        native = native_module() if run is packed_experts else None
+        self._rows_ND = torch.empty(len(routing.expert_ids), x.shape[1], dtype=torch.float32, device=x.device)
+        native = native_module() if run is packed_experts and x.device.type == "cpu" else None
         self._plan: Tensor | None = None
         if native is not None:
             self._wide_x = x.float().contiguous()
@@ -63,7 +63,7 @@ def _routing_of_some(routing: Routing, numbers: Tensor) -> Routing:
     return Routing(
         token_ids=torch.arange(count),
         expert_ids=routing.expert_ids[numbers],
-        weights=torch.ones(count),
+        weights=torch.ones(count, dtype=torch.float32),
         logits=torch.zeros(()).expand(count, routing.num_experts),
         num_experts=routing.num_experts,
         top_k=1,

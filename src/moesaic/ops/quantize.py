@@ -149,7 +149,7 @@ def pack_into(weight: Tensor, packed: PackedWeight, *, threads: int) -> None:
         target.copy_(_pack_panels(part, chosen, packed.group_size))
 
     _on_all_threads(pack_panels, _panels(weight.detach(), packed), threads)
-    if packed.format == "mxfp4" and squared_error(weight, packed)[0]:
+    if packed.format == "mxfp4" and squared_error(weight, packed, threads)[0]:
         raise MoesaicError(
             "its numbers are not of the form mxfp4, for experts that were published so; choose int8 or int4"
         )
@@ -163,7 +163,7 @@ def unpack(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     return weight
 
 
-def squared_error(weight: Tensor, packed: PackedWeight) -> tuple[float, float]:
+def squared_error(weight: Tensor, packed: PackedWeight, threads: int | None = None) -> tuple[float, float]:
     """Sum of the squares of what packing changed, and of the weights."""
 
     def of_panels(part: Tensor, data: Tensor) -> tuple[float, float]:
@@ -171,7 +171,7 @@ def squared_error(weight: Tensor, packed: PackedWeight) -> tuple[float, float]:
         error = torch.linalg.vector_norm(restored.sub_(part), dtype=torch.float64)
         return float(error) ** 2, float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
 
-    sums = _on_all_threads(of_panels, _panels(weight.detach(), packed), torch.get_num_threads())
+    sums = _on_all_threads(of_panels, _panels(weight.detach(), packed), threads or torch.get_num_threads())
     return sum(error for error, _ in sums), sum(total for _, total in sums)
 
 

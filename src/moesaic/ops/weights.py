@@ -30,7 +30,7 @@ class ExpertWeights:
     activation: Activation = SWIGLU
     slots: Tensor | None = None
     """(E,) int32, where each expert stands in gate_up and down, which then have S matrices; -1 for experts that are not
-    there. None: expert e is matrix e. For packed weights."""
+    there. None: expert e is matrix e. Plain weights that have slots are for `moesaic.ops.expert_rows` alone."""
 
     @property
     def num_experts(self) -> int:

@@ -11,8 +11,9 @@ import mmap
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
-from threading import Lock
+from threading import Lock, get_ident
 from time import perf_counter
 
 import numpy as np
@@ -105,26 +106,42 @@ class ExpertCache:
         self.table = SlotTable(num_slots, len(layers), layers[0].num_experts, policy)
         self.statistics = [CacheStatistics() for _ in layers]
         self.foresight = Foresight()
+        self._reads = _Reads()
+        """For the layer that is computed."""
         self._ahead = _Reads()
-        """For the layer after the one that was computed last."""
-        self._pool = ThreadPoolExecutor(num_readers, thread_name_prefix="moesaic-read")
+        """For the one after it."""
+        self._make_pool = partial(ThreadPoolExecutor, num_readers, thread_name_prefix="moesaic-read")
+        self._pool = self._make_pool()
         self._one_pass = Lock()
+        self._owner: int | None = None
+        """The thread that has it."""
+        self._wanted_slots = num_slots
         self.most_slots = num_slots
         self._memory: list[mmap.mmap] = []
         self._slots = {name: self._allocate(getattr(layers[0].weights, name)) for name in ("gate_up", "down")}
 
     def resize(self, num_slots: int) -> None:
-        """At most to as many slots as at first; memory that they leave goes back to the system."""
-        with self._one_pass:
-            if num_slots == self.table.number:
-                return
-            self._settle()
-            self.table.resize(num_slots)
-            for memory in self._memory:
-                slot_bytes = len(memory) // self.most_slots
-                first = -(-num_slots * slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-                if first < len(memory):
-                    memory.madvise(mmap.MADV_DONTNEED, first, len(memory) - first)
+        """At most to as many slots as at first; memory that they leave goes back to the system.
+
+        A thread that has a pass gets them after it: a text that was given up is closed whenever the collector finds it.
+        """
+        self._wanted_slots = num_slots
+        if self._owner != get_ident():
+            with self._one_pass:
+                self._end_pass()
+                self._resize()
+
+    def _resize(self) -> None:
+        num_slots = self._wanted_slots
+        if num_slots == self.table.number:
+            return
+        self._settle()
+        self.table.resize(num_slots)
+        for memory in self._memory:
+            slot_bytes = len(memory) // self.most_slots
+            first = -(-num_slots * slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            if first < len(memory):
+                memory.madvise(mmap.MADV_DONTNEED, first, len(memory) - first)
 
     def chunks(
         self, layer: int, numbers: Sequence[int], ahead: Guess | None = None
@@ -132,22 +149,44 @@ class ExpertCache:
         """These experts of a layer, as ExpertStore says, and while they are computed reads for another layer's that it
         may need next. To be closed, so that no read of this layer goes on; until then nobody else has the cache."""
         with self._one_pass:
-            reads = _Reads()
+            self._owner = get_ident()
             try:
-                yield from self._chunks(reads, layer, numbers, ahead)
+                self._end_pass()  # of one that was interrupted while it ended
+                self._resize()
+                yield from self._chunks(self._reads, layer, numbers, ahead)
+            except GeneratorExit:
+                raise
+            except BaseException:
+                self._stop_reading()
+                raise
             finally:
-                wait(reads.pending)  # they write into their slots
-                self.table.end_pass([slot for _, slot in self._ahead.pending.values()])
+                try:
+                    self._end_pass()
+                finally:
+                    self._owner = None
+
+    def _end_pass(self) -> None:
+        """No read of the pass goes on: they write into their slots."""
+        wait(self._reads.pending)
+        self._reads = _Reads()
+        self.table.end_pass([slot for _, slot in self._ahead.pending.values()])
+
+    def _stop_reading(self) -> None:
+        """Also what an interruption kept from being noted."""
+        stopping, self._pool = self._pool, self._make_pool()
+        self._ahead = _Reads()
+        stopping.shutdown(wait=True)
 
     def _chunks(
         self, reads: _Reads, layer: int, numbers: Sequence[int], ahead: Guess | None
     ) -> Iterator[ExpertWeights]:
         self.table.begin_pass(layer, numbers)
         experts = [(layer, number) for number in numbers]
-        self._take_over(reads, set(experts))
+        self._take_over(reads, layer, set(experts))
         awaited = {expert for expert, _ in reads.pending.values()}
         ready = {expert: self.table.hold(expert) for expert in experts if expert in self.table}
         reads.missing = [expert for expert in experts if expert not in ready and expert not in awaited]
+        self.table.expect(())
         statistics = self.statistics[layer]
         statistics.hits += len(experts) - len(reads.missing)
         statistics.misses += len(reads.missing)
@@ -157,7 +196,10 @@ class ExpertCache:
                 if reads.pending:
                     ready |= self._arrived(reads, statistics)
                 else:  # other layers' experts are on their way into all slots
+                    assert self._ahead.pending, "no slot can be had"
+                    start = perf_counter()
                     wait(self._ahead.pending, return_when=FIRST_COMPLETED)
+                    statistics.stall_seconds += perf_counter() - start
                     self._dismiss(self._ahead)
                     self._start(reads, ahead)
                 continue
@@ -189,14 +231,15 @@ class ExpertCache:
             expert = reads.missing.pop(0)
             reads.pending[self._pool.submit(self._read, expert, slot)] = expert, slot
 
-    def _take_over(self, reads: _Reads, needed: set[Expert]) -> None:
+    def _take_over(self, reads: _Reads, layer: int, needed: set[Expert]) -> None:
         """What was read ahead, or still is: what is needed is awaited, what is not may leave."""
-        self.foresight.learn(needed)
+        self.foresight.learn(layer, needed)
         self._ahead.missing = []
-        for future, (expert, _) in list(self._ahead.pending.items()):
+        for future, (expert, slot) in list(self._ahead.pending.items()):
             if expert in needed:
                 self.statistics[expert[0]].read_ahead += 1
-                reads.pending[future] = self._ahead.pending.pop(future)
+                reads.pending[future] = expert, slot  # first, so that no interruption loses it
+                del self._ahead.pending[future]
         self._dismiss(self._ahead)
 
     def _dismiss(self, reads: _Reads) -> None:
@@ -207,7 +250,8 @@ class ExpertCache:
     def _settle(self) -> None:
         """Nothing is read ahead any more."""
         wait(self._ahead.pending)
-        self._take_over(_Reads(), set())
+        self._ahead.missing = []
+        self._dismiss(self._ahead)
         self.table.end_pass()
 
     def _end_of_no_use(self, future: Future[int], expert: Expert, slot: int) -> None:

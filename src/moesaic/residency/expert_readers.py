@@ -33,6 +33,10 @@ class ExpertReader(Protocol):
         """All that it may read."""
         ...
 
+    def single_reads(self) -> Iterable[Extent]:
+        """Such as it makes."""
+        ...
+
 
 @dataclass(frozen=True)
 class StoredExperts:
@@ -50,6 +54,10 @@ class StoredExperts:
 
     def extents(self) -> Iterable[Extent]:
         return self.stacks.values()
+
+    def single_reads(self) -> Iterable[Extent]:
+        numbers = range(self.num_experts)
+        return (stack.part(number, self.num_experts) for stack in self.stacks.values() for number in numbers)
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,8 @@ class AssembledExperts:
 
     def extents(self) -> Iterable[Extent]:
         return (part.extent for experts in self.parts.values() for parts in experts for part in parts)
+
+    single_reads = extents
 
     @property
     def buffer_bytes(self) -> int:

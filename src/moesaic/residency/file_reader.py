@@ -56,7 +56,7 @@ class FileReader:
             self.direct = direct
             start, read = time.perf_counter(), 0
             for extent in extents[int(direct) :: 2]:
-                self.read_into(extent, torch.empty(extent.nbytes, dtype=torch.uint8))
+                self.read_into(extent, _at_page(extent.nbytes))
                 read += extent.nbytes
             speeds[direct] = read / max(time.perf_counter() - start, 1e-9)
         self.direct = speeds[True] > speeds[False]
@@ -149,6 +149,12 @@ class _File:
 
 class _NotPossible(Exception):
     """The page cache cannot be passed by."""
+
+
+def _at_page(nbytes: int) -> Tensor:
+    """New memory that starts at a page, as slots do."""
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
 
 _OF_THREAD = threading.local()

@@ -43,22 +43,23 @@ class Foresight:
 
     def __init__(self) -> None:
         self.precision = 1.0
+        self._layer = -1
         self._guessed: set[Expert] = set()
 
     def worth_reading(self, guess: Guess, absent: list[Expert]) -> list[Expert]:
         """Those of the `absent` experts of a guess."""
         if guess.is_certain:
             return absent
-        self._guessed = set(absent)
+        self._layer, self._guessed = guess.layer, set(absent)
         return absent if self.precision >= WORTH_A_READ else []
 
-    def learn(self, needed: set[Expert]) -> None:
-        """What the guess was about has come."""
+    def learn(self, layer: int, needed: set[Expert]) -> None:
+        """A layer needs these experts."""
         count = len(self._guessed)
-        if count:
+        if count and layer == self._layer:
             keep = (1 - 1 / MEMORY_OF_GUESSES) ** count
             self.precision = keep * self.precision + (1 - keep) * len(self._guessed & needed) / count
-            self._guessed = set()
+        self._guessed = set()
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def _router_seen_from(block: Block, following: Block) -> native_step.RouterStep 
     assert isinstance(moe, MoE)
     router = moe.router
     if not isinstance(router, ScoreTopKRouter) or router.n_group > 1 or router.num_experts != moe.num_experts:
+        return None
+    if router.multiplies_bias and router.expert_bias is not None:
         return None
     if block.norm_placement != "pre":
         return router.step()

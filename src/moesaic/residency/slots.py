@@ -69,7 +69,7 @@ class SlotTable:
             if not self.number or worth_S[slot] == np.inf:
                 return None
         self._awaited.add(slot)  # first, so that no interruption loses it
-        self._held[slot] = True
+        self._held[slot], self._expected[slot] = True, False
         self._empty.discard(slot)
         leaving = tuple(self.expert_at[slot].tolist())
         if leaving[0] >= 0:

@@ -1,5 +1,6 @@
 """A nameless file for what was made with effort and does not stay in memory. It is gone when the process is."""
 
+import errno
 import os
 import tempfile
 import warnings
@@ -8,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
+
+LEFT_FREE = 2**30
+"""Bytes of the disk that others shall have."""
 
 
 class SpillFile:
@@ -45,6 +49,9 @@ class SpillFile:
             return
         wanted = sum(len(source) for source in sources)
         try:
+            disk = os.fstatvfs(self._descriptor)
+            if disk.f_bavail * disk.f_frsize < wanted + LEFT_FREE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if os.pwritev(self._descriptor, _memory(sources), number * self._record_bytes) == wanted:
                 self._written.add(number)
         except OSError as error:
@@ -65,5 +72,8 @@ def _memory(tensors: Sequence[Tensor]) -> list[memoryview]:
 
 
 def spill_folder() -> Path:
-    """$XDG_CACHE_HOME/moesaic, else ~/.cache/moesaic."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesaic"
+    """$XDG_CACHE_HOME/moesaic, else ~/.cache/moesaic, else, for a user without a home, a folder for temporary files."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moesaic"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "moesaic"
