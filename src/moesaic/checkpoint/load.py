@@ -117,8 +117,7 @@ def _load_hf(
 ) -> Transformer:
     with HFDirectory(source.directory) as stored:
         model = empty_model(stored.config, backend)
-        packed = scheme is not None or stored.quantization is not None
-        wanted = dtype or (torch.float32 if packed and device.type == "cpu" else stored.dtype)
+        wanted = dtype or _automatic_dtype(stored, scheme, device)
         if stored.quantization is not None:
             _require_no_other_scheme(source, stored, scheme)
             quantize_model(model, stored.quantization)
@@ -157,16 +156,21 @@ def _load_within(
         elif scheme is not None:
             quantize_model(model, make_quantization(scheme, model.config))
         stored.check(plain)
-        packs = stored.quantization is None and scheme is not None
-        wanted = dtype or (stored.dtype if stored.quantization is None and scheme is None else torch.float32)
+        wanted = dtype or _automatic_dtype(stored, scheme, device)
 
         def read(names: Sequence[str]) -> Mapping[str, Tensor]:
-            if packs:
+            if stored.quantization is None and scheme is not None:
                 return _packed_while_read(model, names, stored, plain, wanted, device)
             return stored.read({name: plain[name] for name in names}, wanted, device)
 
         load_within(model, stored, plain, read, wanted, budget)
     return model
+
+
+def _automatic_dtype(stored: HFDirectory, scheme: str | None, device: torch.device) -> torch.dtype:
+    """Of what is not packed."""
+    packed = scheme is not None or stored.quantization is not None
+    return torch.float32 if packed and device.type == "cpu" else stored.dtype
 
 
 def _require_no_other_scheme(source: ModelSource, stored: HFDirectory, scheme: str | None) -> None:

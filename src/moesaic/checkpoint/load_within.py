@@ -46,14 +46,15 @@ def load_within(
     """
     reader = FileReader()
     layers = _layers_on_disk(model, stored, plain, dtype, reader)
-    packs = any(isinstance(layer.reader, AssembledExperts) and layer.weights.format != PLAIN for layer in layers)
+    some = layers[0]
+    packs = stored.quantization is None and some.weights.format != PLAIN
     num_readers = torch.get_num_threads() if packs else READERS
     if hasattr(model, "lm_head"):  # else the head multiplies with all of the embedding
         _leave_embedding_on_disk(model, stored, plain[EMBEDDING].shape, dtype)
     resident = model.state_dict()
     dtypes = stored.dtypes(plain, dtype)
     kept = sum(_nbytes(tensor, dtypes.get(name, dtype)) for name, tensor in resident.items())
-    process, some = resident_bytes() + SLACK_BYTES, layers[0]
+    process = resident_bytes() + SLACK_BYTES
     kept += look_ahead_bytes(some.num_experts, model.config.hidden_size, len(layers))
     parts = {
         "the process": process,
