@@ -40,7 +40,7 @@ clean:
 
 .venv/.run: $(BUILD_FILES) | $(BIN)/pip
 	@echo 'Installing moesaic and its libraries into .venv (once, about a minute) ...'
-	@$(PIP) --editable .
+	@$(PIP) --editable '.[serve]'
 	@touch $@
 
 .venv/.dev: $(BUILD_FILES) | $(BIN)/pip

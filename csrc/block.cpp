@@ -33,14 +33,12 @@ int apply(const moesaic_packed_layer& layer, const float* x, int64_t rows, int t
   return moesaic_packed_linear(&layer.weight, layer.bias, x, rows, threads, best, y);
 }
 
-int64_t tokens_of(const moesaic_block_step& block) { return block.attention.batch_size * block.attention.num_new; }
-
 }  // namespace
 
 extern "C" int moesaic_block_attend(const moesaic_block_step* block, const float* x, int threads, float* y,
                                     float* normed) try {
   moesaic_attention_step attention = block->attention;
-  const int64_t T = tokens_of(*block), D = block->router.hidden_size;
+  const int64_t T = block->attention.num_tokens, D = block->router.hidden_size;
   const int64_t queries = T * attention.num_heads * attention.head_dim;
   const int64_t keys = T * attention.num_key_value_heads * attention.head_dim;
   thread_local Buffer kept;
@@ -69,7 +67,7 @@ extern "C" int moesaic_block_attend(const moesaic_block_step* block, const float
 extern "C" int moesaic_block_route(const moesaic_block_step* block, const float* normed, int threads, float* logits,
                                    int64_t* expert_ids, float* weights, int32_t* plan) try {
   moesaic_router_step router = block->router;
-  const int64_t T = tokens_of(*block), N = T * router.top_k;
+  const int64_t T = block->attention.num_tokens, N = T * router.top_k;
   router.num_tokens = T;
   router.x = normed;
   if (const int status = moesaic_route(&router, threads, best, logits, expert_ids, weights)) return status;
@@ -83,27 +81,26 @@ extern "C" int moesaic_block_route(const moesaic_block_step* block, const float*
 
 extern "C" int moesaic_block_finish(const moesaic_block_step* block, const int32_t* plan, const float* rows,
                                     const float* weights, int threads, float* update, float* y) {
-  const int64_t T = tokens_of(*block), D = block->router.hidden_size, N = T * block->router.top_k;
+  const int64_t T = block->attention.num_tokens, D = block->router.hidden_size, N = T * block->router.top_k;
   const moesaic_plan view = moesaic_plan_view(plan, T, N, block->router.num_experts);
   if (const int status = moesaic_sum_rows(&view, T, N, D, rows, weights, threads, best, update)) return status;
   add(y, block->residual, update, T * D, y);
   return 0;
 }
 
-extern "C" int moesaic_block(const moesaic_block_step* block, const float* x, int threads, float* y) try {
-  const int64_t T = tokens_of(*block), D = block->router.hidden_size, E = block->router.num_experts;
+extern "C" int moesaic_block(const moesaic_block_step* block, const float* x, int threads, float* y, float* logits,
+                             int64_t* expert_ids, float* weights) try {
+  const int64_t T = block->attention.num_tokens, D = block->router.hidden_size, E = block->router.num_experts;
   const int64_t N = T * block->router.top_k;
   thread_local Buffer kept;
-  float* const memory = kept.room_for(2 * T * D + T * E + N);
+  float* const memory = kept.room_for(2 * T * D);
   if (!memory) return -2;
   Arrays arrays(memory);
   float *const normed = arrays.take(T * D), *const update = arrays.take(T * D);
-  float *const logits = arrays.take(T * E), *const weights = arrays.take(N);
-  std::vector<int64_t> expert_ids(static_cast<size_t>(N));
   std::vector<int32_t> plan(static_cast<size_t>(moesaic_plan_size(T, N, E)));
 
   if (const int status = moesaic_block_attend(block, x, threads, y, normed)) return status;
-  if (const int status = moesaic_block_route(block, normed, threads, logits, expert_ids.data(), weights, plan.data())) {
+  if (const int status = moesaic_block_route(block, normed, threads, logits, expert_ids, weights, plan.data())) {
     return status;
   }
   moesaic_packed_experts experts = block->experts;

@@ -1,6 +1,6 @@
-// One block of a decoder in one call, for a few tokens and packed weights: the operators of step.h and packed.h between
-// two states of the residual stream. Called one by one, each would wait for the caller's code, which the weights that
-// stream through the caches have pushed out of them.
+// One block of a decoder in one call, for packed weights: the operators of step.h and packed.h between two states of the
+// residual stream. Called one by one for a few tokens, each would wait for the caller's code, which the weights that stream
+// through the caches have pushed out of them.
 //
 // T tokens, D hidden size, H query heads, G key-value heads, d head dim, E experts, K experts per token.
 #pragma once
@@ -27,9 +27,11 @@ typedef struct {
   moesaic_packed_experts experts;     // without its num_tokens, num_rows, plan, x and row_weights
 } moesaic_block_step;
 
-// y (T, D) = x (T, D) plus attention of its norm, plus experts of that sum's norm, where T is the attention's batch_size
-// times num_new. Returns what the functions of step.h and packed.h return.
-int moesaic_block(const moesaic_block_step* block, const float* x, int threads, float* y);
+// y (T, D) = x (T, D) plus attention of its norm, plus experts of that sum's norm, where T is the attention's num_tokens;
+// and what the router said: logits (T, E), expert_ids and weights (T, K). Returns what the functions of step.h and packed.h
+// return.
+int moesaic_block(const moesaic_block_step* block, const float* x, int threads, float* y, float* logits,
+                  int64_t* expert_ids, float* weights);
 
 // The same in three steps, for experts that have to be fetched when it is known which; they come between the second and the
 // third as moesaic_packed_experts_rows. `experts` is not read.

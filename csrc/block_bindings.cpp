@@ -23,11 +23,13 @@ moesaic_block_step block_step(const nb::tuple& described) {
   return step;
 }
 
-int block(nb::tuple described, nb::tuple experts, uintptr_t x, int threads, uintptr_t y) {
+int block(nb::tuple described, nb::tuple experts, uintptr_t x, int threads, nb::tuple outputs) {
   moesaic_block_step step = block_step(described);
   step.experts = packed_experts(experts);
+  auto *const y = at<float>(outputs[0]), *const logits = at<float>(outputs[1]), *const weights = at<float>(outputs[3]);
+  auto* const expert_ids = at<int64_t>(outputs[2]);
   nb::gil_scoped_release unlocked;
-  return moesaic_block(&step, at<const float>(x), threads, at<float>(y));
+  return moesaic_block(&step, at<const float>(x), threads, y, logits, expert_ids, weights);
 }
 
 // Attention and router: what stands before the experts.
@@ -53,8 +55,8 @@ int block_finish(nb::tuple described, uintptr_t plan, uintptr_t rows, uintptr_t 
 }  // namespace
 
 void bind_block(nb::module_& module) {
-  module.def("block", &block, nb::arg("step"), nb::arg("experts"), nb::arg("x"), nb::arg("threads"), nb::arg("y"),
-             "See moesaic_block in block.h.");
+  module.def("block", &block, nb::arg("step"), nb::arg("experts"), nb::arg("x"), nb::arg("threads"),
+             nb::arg("outputs"), "See moesaic_block in block.h.");
   module.def("block_route", &block_route, nb::arg("step"), nb::arg("x"), nb::arg("threads"), nb::arg("outputs"),
              "See moesaic_block_attend and moesaic_block_route in block.h.");
   module.def("block_finish", &block_finish, nb::arg("step"), nb::arg("plan"), nb::arg("rows"), nb::arg("weights"),

@@ -2,8 +2,8 @@
 // cost more than the work: the C-level interface. float32 and pointers, every array row-major and contiguous unless
 // strides are given, as in experts.h.
 //
-// T tokens, B sequences, L new tokens of each, S tokens attended to (the new ones are the last), H query heads, G key-value
-// heads, d head dim, r rotary dim, D hidden size, E experts, K experts per token.
+// T tokens, side by side of B sequences, H query heads, G key-value heads, d head dim, r rotary dim, D hidden size, E experts,
+// K experts per token.
 #pragma once
 
 #include <stdint.h>
@@ -20,24 +20,30 @@ int moesaic_rms_norm(const float* x, const float* weight, int64_t num_rows, int6
 
 enum moesaic_qk_norm { MOESAIC_QK_NORM_NONE = 0, MOESAIC_QK_NORM_HEAD = 1, MOESAIC_QK_NORM_WIDTH = 2 };
 
+// Keys and values lie in blocks of so many tokens, which sequences take as they grow.
+enum { MOESAIC_BLOCK_TOKENS = 32 };
+
 typedef struct {
-  int64_t batch_size, num_new, num_keys, num_heads, num_key_value_heads, head_dim, rotary_dim;
-  int64_t cache_capacity;  // rows of one head in the cache
-  const float *query, *key, *value;  // (B, L, H d), (B, L, G d) and (B, L, G d), as projected
+  int64_t num_tokens, num_sequences, num_heads, num_key_value_heads, head_dim, rotary_dim;
+  const float *query, *key, *value;  // (T, H d), (T, G d) and (T, G d), as projected
   int32_t qk_norm;                   // a moesaic_qk_norm, before the rotation
   float norm_eps;
   const float *query_norm, *key_norm;  // (d) or (H d) and (G d); NULL without a norm
   int32_t interleaved;                 // pairs are (2i, 2i + 1) rather than (i, i + r / 2)
-  const float *cosine, *sine;          // (B, L, r); NULL when rotary_dim is 0
-  float* keys;                         // (B, G, cache_capacity, d): rows S - L .. S - 1 are written, then all are read
-  float* values;
-  const uint8_t* mask;     // (B or 1, L, S), 0 where a query does not see a key; no row is empty
-  int64_t mask_stride;     // from one sequence to the next, 0 when they share it
-  const float* sinks;      // (H) or NULL: logits that take their share of each softmax and give nothing
+  const float *cosine, *sine;          // (T, r); NULL when rotary_dim is 0
+  const int64_t* first_tokens;  // (B + 1): sequence b has the new tokens first_tokens[b] .. first_tokens[b + 1] - 1, its last
+  const int64_t* num_keys;      // (B): tokens of each sequence, the new ones among them
+  const int64_t* block_tables;  // (B, table_size): the blocks of each, in the order of its tokens
+  int64_t table_size;
+  const int64_t* first_keys;  // (T) or NULL: the first token of its sequence that a token sees; it sees none after itself
+  float* keys;                // (blocks, G, d, MOESAIC_BLOCK_TOKENS)
+  float* values;              // (blocks, G, MOESAIC_BLOCK_TOKENS, d)
+  const float* sinks;         // (H) or NULL: logits that take their share of each softmax and give nothing
   float scale;
 } moesaic_attention_step;
 
-// y (B, L, H d): what softmax attention over the cache gives, after putting the new keys and values into it.
+// y (T, H d): what softmax attention gives, after putting the new keys and values into their blocks. What a token gets depends
+// on its own sequence alone, to the last bit.
 int moesaic_attend(const moesaic_attention_step* step, int threads, const char* instruction_set, float* y);
 
 enum moesaic_scores { MOESAIC_SOFTMAX = 0, MOESAIC_SIGMOID = 1 };

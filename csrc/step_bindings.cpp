@@ -38,19 +38,20 @@ int top_k(uintptr_t values, int64_t num_rows, int64_t size, int64_t k, int threa
 }  // namespace
 
 moesaic_attention_step attention_step(const nb::tuple& described) {
-  const nb::tuple sizes = described[0], norms = described[1], rotary = described[2], cache = described[3];
-  const nb::tuple mask = described[4];
+  const nb::tuple sizes = described[0], norms = described[1], rotary = described[2], sequences = described[3];
+  const nb::tuple cache = described[4];
   const auto size = [&](int i) { return nb::cast<int64_t>(sizes[i]); };
   moesaic_attention_step step{};
-  step.batch_size = size(0), step.num_new = size(1), step.num_keys = size(2);
-  step.num_heads = size(3), step.num_key_value_heads = size(4), step.head_dim = size(5);
+  step.num_tokens = size(0), step.num_sequences = size(1);
+  step.num_heads = size(2), step.num_key_value_heads = size(3), step.head_dim = size(4);
   step.qk_norm = nb::cast<int32_t>(norms[0]), step.norm_eps = nb::cast<float>(norms[1]);
   step.query_norm = at<const float>(norms[2]), step.key_norm = at<const float>(norms[3]);
   step.rotary_dim = nb::cast<int64_t>(rotary[0]), step.interleaved = nb::cast<int32_t>(rotary[1]);
   step.cosine = at<const float>(rotary[2]), step.sine = at<const float>(rotary[3]);
-  step.cache_capacity = nb::cast<int64_t>(cache[0]);
-  step.keys = at<float>(cache[1]), step.values = at<float>(cache[2]);
-  step.mask = at<const uint8_t>(mask[0]), step.mask_stride = nb::cast<int64_t>(mask[1]);
+  step.first_tokens = at<const int64_t>(sequences[0]), step.num_keys = at<const int64_t>(sequences[1]);
+  step.block_tables = at<const int64_t>(sequences[2]), step.table_size = nb::cast<int64_t>(sequences[3]);
+  step.first_keys = at<const int64_t>(sequences[4]);
+  step.keys = at<float>(cache[0]), step.values = at<float>(cache[1]);
   step.sinks = at<const float>(described[5]);
   step.scale = nb::cast<float>(described[6]);
   return step;

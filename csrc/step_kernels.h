@@ -3,15 +3,22 @@
 
 #include "step.h"
 
+// Queries of one key-value head of one sequence: rows first_row .. last_row - 1 of its new tokens' heads that share it,
+// token by token.
+struct AttentionTile {
+  int64_t sequence, head, first_row, last_row;
+};
+
+constexpr int64_t rows_of_tile = 8;
+
 struct StepKernels {
   void (*rms_norm)(const float* x, const float* weight, int64_t size, float eps, float* y);
 
-  // Root mean squares over all heads of tokens first .. last - 1, into rms (B L, 2): the query's, then the key's.
-  void (*rms_of_rows)(const moesaic_attention_step& step, int64_t first, int64_t last, float* rms);
+  // Tokens first .. last - 1, normalised and rotated: keys and values go into their blocks, queries into `queries` (T, H d).
+  void (*place)(const moesaic_attention_step& step, int64_t first, int64_t last, float* queries);
 
-  // One key-value head of one sequence. `rms` is read for MOESAIC_QK_NORM_WIDTH alone. `scratch` has room for
-  // scratch_of_attend().
-  void (*attend)(const moesaic_attention_step& step, int64_t sequence, int64_t head, const float* rms, float* scratch,
+  // Some queries of one key-value head of one sequence, placed. `scratch` has room for scratch_of_attend().
+  void (*attend)(const moesaic_attention_step& step, const AttentionTile& tile, const float* queries, float* scratch,
                  float* y);
 
   // Tokens first .. last - 1. `scratch` has room for scratch_of_top_k().
@@ -23,8 +30,8 @@ struct StepKernels {
 };
 
 namespace {
-// Floats: a query and its scores.
-constexpr int64_t scratch_of_attend(const moesaic_attention_step& step) { return step.head_dim + step.num_keys; }
+// Floats: the scores of a tile's rows, in whole blocks.
+constexpr int64_t scratch_of_attend(int64_t most_keys) { return rows_of_tile * (most_keys + MOESAIC_BLOCK_TOKENS); }
 // Floats: a row of values in whole vectors, which have at most 16.
 constexpr int64_t scratch_of_top_k(int64_t size) { return size + 16; }
 }  // namespace

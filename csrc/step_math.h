@@ -2,11 +2,7 @@
 // The including file hands out step_kernels.
 #pragma once
 
-#include <math.h>
-
-#include "gated_activation.h"
-#include "step_kernels.h"
-#include "vector_math.h"
+#include "attention_math.h"
 
 namespace {
 
@@ -38,119 +34,57 @@ void rotate(const moesaic_attention_step& step, const float* cosine, const float
   }
 }
 
-void rms_of_rows(const moesaic_attention_step& step, int64_t first, int64_t last, float* rms) {
-  const int64_t query_width = step.num_heads * step.head_dim, key_width = step.num_key_value_heads * step.head_dim;
-  for (int64_t t = first; t < last; ++t) {
-    rms[2 * t] = root_mean_square(step.query + t * query_width, query_width, step.norm_eps);
-    rms[2 * t + 1] = root_mean_square(step.key + t * key_width, key_width, step.norm_eps);
-  }
-}
-
 // One projected head (d), which is part of a token's row over all heads, with its root mean square where that is needed:
 // normalised and rotated into `to`.
-void place_head(const moesaic_attention_step& step, const float* row, const float* row_rms, int64_t head,
-                const float* norm, int64_t token, float* to) {
+void place_head(const moesaic_attention_step& step, const float* row, float row_rms, int64_t head, const float* norm,
+                int64_t token, float* to) {
   const int64_t d = step.head_dim;
   const float* const from = row + head * d;
   if (step.qk_norm == MOESAIC_QK_NORM_HEAD) {
     divide_by(root_mean_square(from, d, step.norm_eps), from, norm, d, to);
   } else if (step.qk_norm == MOESAIC_QK_NORM_WIDTH) {
-    divide_by(*row_rms, from, norm + head * d, d, to);
+    divide_by(row_rms, from, norm + head * d, d, to);
   } else {
     copy_floats(from, d, to);
   }
   if (step.rotary_dim) rotate(step, step.cosine + token * step.rotary_dim, step.sine + token * step.rotary_dim, to);
 }
 
-// scores (S) = scale * keys (S, d) times query (d), -infinity where the mask hides a key.
-void score_keys(const moesaic_attention_step& step, const float* query, const float* keys, const uint8_t* mask,
-                float* scores) {
-  const int64_t d = step.head_dim, S = step.num_keys;
-  int64_t s = 0;
-  if (d % Vector::width == 0) {
-    for (; s + 4 <= S; s += 4) {  // four at a time: one sum alone waits for itself
-      Vector sums[4] = {Vector::fill(0.0f), Vector::fill(0.0f), Vector::fill(0.0f), Vector::fill(0.0f)};
-      for (int64_t j = 0; j < d; j += Vector::width) {
-        const Vector part = Vector::load(query + j);
-        for (int k = 0; k < 4; ++k) sums[k] = multiply_add(part, Vector::load(keys + (s + k) * d + j), sums[k]);
-      }
-      for (int k = 0; k < 4; ++k) scores[s + k] = sums[k].sum();
-    }
+// Tokens first .. last - 1 of one sequence, all in one of its blocks.
+void place_in_block(const moesaic_attention_step& step, int64_t sequence, int64_t first, int64_t last, float* queries) {
+  const int64_t d = step.head_dim, H = step.num_heads, G = step.num_key_value_heads, shared_by = H / G;
+  const int64_t first_slot = step.num_keys[sequence] - (step.first_tokens[sequence + 1] - first);
+  float query_rms[block_tokens], key_rms[block_tokens];
+  for (int64_t i = 0; i < last - first && step.qk_norm == MOESAIC_QK_NORM_WIDTH; ++i) {
+    query_rms[i] = root_mean_square(step.query + (first + i) * H * d, H * d, step.norm_eps);
+    key_rms[i] = root_mean_square(step.key + (first + i) * G * d, G * d, step.norm_eps);
   }
-  for (; s < S; ++s) scores[s] = dot(query, keys + s * d, d);
-  for (s = 0; s < S; ++s) scores[s] = mask[s] ? scores[s] * step.scale : -INFINITY;
-}
-
-float largest_of(const float* x, int64_t count, float most) {
-  for (int64_t i = 0; i < count; ++i) most = x[i] > most ? x[i] : most;
-  return most;
-}
-
-// x (count) = exp(x - most); returns their sum. What is below e to the -87th of the largest counts
-// as nothing, and so does a hidden key, which is -infinity.
-float exponentials(float* x, int64_t count, float most) {
-  const Vector shift = Vector::fill(most), least = Vector::fill(-87.0f);
-  for_each_vector(count, [&](int64_t j, int some) {
-    const Vector shifted = load(x + j, some) - shift;
-    store(where_at_most(least, shifted, exponential(at_least(shifted, least))), x + j, some);
-  });
-  Vector sums = Vector::fill(0.0f);
-  for_each_vector(count, [&](int64_t j, int some) { sums = sums + load(x + j, some); });
-  return sums.sum();
-}
-
-// y (d) = sum over keys of weight (S) times values (S, d).
-void weigh_values(const float* weights, const float* values, int64_t S, int64_t d, float* y) {
-  constexpr int vectors = 8;
-  for (int64_t start = 0; start < d; start += vectors * Vector::width) {
-    const int64_t width = smaller<int64_t>(vectors * Vector::width, d - start);
-    if (width < vectors * Vector::width) {
-      for_each_vector(width, [&](int64_t j, int some) {
-        Vector sum = Vector::fill(0.0f);
-        for (int64_t s = 0; s < S; ++s) {
-          sum = multiply_add(Vector::fill(weights[s]), load(values + s * d + start + j, some), sum);
-        }
-        store(sum, y + start + j, some);
-      });
-      return;
-    }
-    Vector sums[vectors];
-    for (Vector& sum : sums) sum = Vector::fill(0.0f);
-    for (int64_t s = 0; s < S; ++s) {
-      const Vector weight = Vector::fill(weights[s]);
-      for (int v = 0; v < vectors; ++v) {
-        sums[v] = multiply_add(weight, Vector::load(values + s * d + start + v * Vector::width), sums[v]);
+  for (int64_t g = 0; g < G; ++g) {
+    float* const keys = blocks_of(step, step.keys, sequence, g).at(first_slot / block_tokens);
+    float* const values = blocks_of(step, step.values, sequence, g).at(first_slot / block_tokens);
+    for (int64_t i = 0; i < last - first; ++i) {
+      const int64_t token = first + i, slot = (first_slot + i) % block_tokens;
+      float* const placed = queries + (token * H + g * shared_by) * d;  // of the key first, then of the queries
+      place_head(step, step.key + token * G * d, key_rms[i], g, step.key_norm, token, placed);
+      for (int64_t j = 0; j < d; ++j) keys[j * block_tokens + slot] = placed[j];
+      copy_floats(step.value + (token * G + g) * d, d, values + slot * d);
+      for (int64_t h = 0; h < shared_by; ++h) {
+        place_head(step, step.query + token * H * d, query_rms[i], g * shared_by + h, step.query_norm, token,
+                   placed + h * d);
       }
     }
-    for (int v = 0; v < vectors; ++v) sums[v].store(y + start + v * Vector::width);
   }
 }
 
-void attend(const moesaic_attention_step& step, int64_t b, int64_t g, const float* rms, float* scratch, float* y) {
-  const int64_t d = step.head_dim, L = step.num_new, S = step.num_keys;
-  const int64_t H = step.num_heads, G = step.num_key_value_heads, shared_by = H / G;
-  float* const keys = step.keys + (b * G + g) * step.cache_capacity * d;
-  float* const values = step.values + (b * G + g) * step.cache_capacity * d;
-  for (int64_t l = 0; l < L; ++l) {
-    const int64_t token = b * L + l, slot = S - L + l;
-    place_head(step, step.key + token * G * d, rms + 2 * token + 1, g, step.key_norm, token, keys + slot * d);
-    copy_floats(step.value + (token * G + g) * d, d, values + slot * d);
-  }
-  float* const query = scratch;
-  float* const scores = query + d;
-  for (int64_t l = 0; l < L; ++l) {
-    const int64_t token = b * L + l;
-    const uint8_t* const mask = step.mask + b * step.mask_stride + l * S;
-    for (int64_t h = g * shared_by; h < (g + 1) * shared_by; ++h) {
-      place_head(step, step.query + token * H * d, rms + 2 * token, h, step.query_norm, token, query);
-      score_keys(step, query, keys, mask, scores);
-      const float most = largest_of(scores, S, step.sinks ? step.sinks[h] : -INFINITY);
-      float sum = exponentials(scores, S, most);
-      if (step.sinks) sum += expf(step.sinks[h] - most);
-      float* const out = y + (token * H + h) * d;
-      weigh_values(scores, values, S, d, out);
-      const Vector share = Vector::fill(1.0f / sum);
-      for_each_vector(d, [&](int64_t j, int some) { store(load(out + j, some) * share, out + j, some); });
+void place(const moesaic_attention_step& step, int64_t first, int64_t last, float* queries) {
+  for (int64_t b = 0; b < step.num_sequences; ++b) {
+    const int64_t end = smaller(last, step.first_tokens[b + 1]);
+    int64_t token = larger(first, step.first_tokens[b]);
+    while (token < end) {
+      const int64_t slot = step.num_keys[b] - (step.first_tokens[b + 1] - token);
+      const int64_t some = smaller<int64_t>(block_tokens - slot % block_tokens, end - token);
+      place_in_block(step, b, token, token + some, queries);
+      token += some;
     }
   }
 }
@@ -183,14 +117,23 @@ void take_highest(float* values, int64_t E, int64_t K, int64_t* ids) {
   }
 }
 
+// logits (last - first, E) of tokens first .. last - 1; each row of the weight is read once for all of them.
+void router_logits(const moesaic_router_step& step, int64_t first, int64_t last, float* all_logits) {
+  const int64_t D = step.hidden_size, E = step.num_experts;
+  for (int64_t e = 0; e < E; ++e) {
+    for (int64_t t = first; t < last; ++t) {
+      all_logits[t * E + e] = dot(step.x + t * D, step.weight + e * D, D) + (step.bias ? step.bias[e] : 0.0f);
+    }
+  }
+}
+
 void route(const moesaic_router_step& step, int64_t first, int64_t last, float* selection, float* all_logits,
            int64_t* all_ids, float* all_weights) {
-  const int64_t D = step.hidden_size, E = step.num_experts, K = step.top_k;
+  constexpr int64_t together = 8;  // whose x stay in the cache
+  const int64_t E = step.num_experts, K = step.top_k;
   for (int64_t t = first; t < last; ++t) {
+    if ((t - first) % together == 0) router_logits(step, t, smaller(t + together, last), all_logits);
     float *const logits = all_logits + t * E, *const weights = all_weights + t * K;
-    for (int64_t e = 0; e < E; ++e) {
-      logits[e] = dot(step.x + t * D, step.weight + e * D, D) + (step.bias ? step.bias[e] : 0.0f);
-    }
     copy_floats(logits, E, selection);
     float scale = 1.0f;
     const float most = largest_of(logits, E, -INFINITY);
@@ -220,6 +163,6 @@ void top_k(const float* values, int64_t first, int64_t last, int64_t size, int64
   }
 }
 
-constexpr StepKernels step_kernels{rms_norm, rms_of_rows, attend, route, top_k};
+constexpr StepKernels step_kernels{rms_norm, place, attend, route, top_k};
 
 }  // namespace

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +39,8 @@ def test_commands_work_when_pasted(tmp_path: Path) -> None:
             check_demo(tmp_path / "runs" / "demo")
         elif command[0] == "make":
             run(["make", "--dry-run", "-C", str(ROOT), *command[1:]], tmp_path)
+        elif command[1] == "serve":
+            check_server([*moesaic, *command[1:], "--port", "0"], tmp_path)
         else:
             assert command[0] == ".venv/bin/moesaic"
             run([*moesaic, *command[1:]], tmp_path)
@@ -59,6 +63,27 @@ def check_demo(folder: Path) -> None:
     assert "https://" not in page
     for name in ("loss_tokens", "loss_flops", "loss_seconds", "expert_load", "domain_experts"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def check_server(command: list[str], folder: Path) -> None:
+    """It answers what the README asks it, and ends when it is told to."""
+    (block,) = blocks("console")
+    curl = shlex.split(block.removeprefix("$ ").replace("\\\n", " "))
+    address, body = curl[1], curl[curl.index("-d") + 1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        started = next(line for line in server.stderr if line.startswith("serving "))
+        url = started.split()[-1]
+        asked = urllib.request.Request(
+            address.replace("http://127.0.0.1:8000", url), body.encode(), {"Content-Type": "application/json"}
+        )
+        answer = json.load(urllib.request.urlopen(asked, timeout=60))
+        assert answer["choices"][0]["text"]
+        assert b"<title>" in urllib.request.urlopen(url, timeout=60).read()
+        server.send_signal(signal.SIGTERM)
+        server.stderr.read()
+        assert server.wait(60) == 0
 
 
 def check_python(folder: Path) -> None:

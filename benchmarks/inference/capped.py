@@ -13,7 +13,7 @@ from common import note
 from numpy.random import Generator
 
 import moesaic
-from inference.runners import Ours
+from inference.runners import Ours, Texts
 from inference.sides import Runner, Tokens
 from moesaic.residency.expert_cache import CacheStatistics
 from moesaic.residency.file_reader import FileReader
@@ -97,12 +97,12 @@ class WithinMemory(Ours):
         """Notes what the steps read from disk; the prompt is not one of them."""
         capacity = prompt.shape[1] + tokens.shape[1]
         with self._residency.room(cached_tokens=capacity, pass_tokens=prompt.shape[1]) as room:
-            cache = self._cache(1, capacity)
-            self.model(torch.from_numpy(prompt), kv=cache, logits_to_keep=1)
-            room.only_decodes()
+            texts = self._empty_texts(1, capacity)
+            texts.read(torch.from_numpy(prompt))
+            room.resize(1)
             before, start = self._bytes_needed(), time.perf_counter()
             for step_11 in torch.from_numpy(tokens).T.unsqueeze(2):
-                self.model(step_11, kv=cache, logits_to_keep=1)
+                texts.read(step_11)
             seconds = time.perf_counter() - start
         self._bytes_read += self._bytes_needed() - before
         self._steps += tokens.shape[1]
@@ -145,12 +145,9 @@ class InMemory(Ours):
 
 @torch.inference_mode()
 def _decoded_logits(model: Any, tokens: Tokens) -> Any:
-    from moesaic.model.kv_cache import KVCache
-
-    dtype = model.embed_tokens.weight.dtype
-    cache = KVCache(model.config, batch_size=1, capacity=tokens.shape[1], dtype=dtype)
+    texts = Texts(model, 1, tokens.shape[1])
     steps = torch.from_numpy(tokens).T.unsqueeze(2)
-    return torch.cat([model(step_11, kv=cache)[0] for step_11 in steps]).numpy()
+    return torch.cat([texts.read(step_11)[0] for step_11 in steps]).numpy()
 
 
 def disk_rate(directory: Path) -> float:

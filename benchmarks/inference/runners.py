@@ -15,9 +15,10 @@ from torch import Tensor
 
 import moesaic
 from inference.sides import Tokens
-from moesaic.model.kv_cache import KVCache
+from moesaic.model.paged_kv import NewTokens, PagedKV
 from moesaic.model.quantize import KINDS, Quantization, quantize_model
 from moesaic.model.transformer import Transformer
+from moesaic.ops.native_step import BLOCK_TOKENS
 from moesaic.ops.quantize import DEFAULT_GROUP_SIZE
 
 EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
@@ -34,6 +35,27 @@ def int4_everywhere(group_size: int = DEFAULT_GROUP_SIZE) -> Quantization:
     return Quantization("int4", group_size, dict.fromkeys(KINDS, "int4"))
 
 
+class Texts:
+    """B texts that a model reads and writes side by side, with room for `capacity` tokens of each."""
+
+    def __init__(self, model: Transformer, batch: int, capacity: int) -> None:
+        blocks = -(-capacity // BLOCK_TOKENS)
+        self._model, self._length = model, 0
+        self._kv = PagedKV(model.config, batch * blocks, model.norm.weight.dtype, torch.device("cpu"))
+        self._blocks = [range(number * blocks, (number + 1) * blocks) for number in range(batch)]
+
+    def forget(self) -> None:
+        self._length = 0
+
+    def read(self, tokens: Tensor, logits_to_keep: int = 1) -> Tensor:
+        """tokens (B, L), which come next -> logits (B, logits_to_keep, V)."""
+        batch, new = tokens.shape
+        kv = self._kv.batch([NewTokens(blocks, self._length, new) for blocks in self._blocks])
+        self._length += new
+        last_BK = torch.arange(1, batch + 1)[:, None] * new - torch.arange(logits_to_keep, 0, -1)
+        return self._model(tokens.reshape(1, -1), kv=kv, logits_to_keep=last_BK.flatten())[0].unflatten(0, (batch, -1))
+
+
 class Ours:
     """`moesaic.load`, and the model itself: no sampling, no text."""
 
@@ -44,7 +66,7 @@ class Ours:
             quantize_model(self.model, int4_everywhere())
         else:
             self.model = moesaic.load(directory, device="cpu", dtype=dtype, quantization=quantization)
-        self._caches: dict[tuple[int, int], KVCache] = {}
+        self._texts: dict[tuple[int, int], Texts] = {}
 
     @torch.inference_mode()
     def logits(self, tokens: Tokens) -> NDArray[np.float32]:
@@ -52,16 +74,15 @@ class Ours:
 
     @torch.inference_mode()
     def prefill(self, tokens: Tokens) -> float:
-        cache = self._cache(1, len(tokens))
-        tokens_1L = torch.from_numpy(tokens)[None]
-        return _seconds(lambda: self.model(tokens_1L, kv=cache, logits_to_keep=1))
+        texts, tokens_1L = self._empty_texts(1, len(tokens)), torch.from_numpy(tokens)[None]
+        return _seconds(lambda: texts.read(tokens_1L))
 
     @torch.inference_mode()
     def decode(self, prompt: Tokens, tokens: Tokens) -> float:
-        cache = self._cache(len(prompt), prompt.shape[1] + tokens.shape[1])
-        self.model(torch.from_numpy(prompt), kv=cache, logits_to_keep=1)
+        texts = self._empty_texts(len(prompt), prompt.shape[1] + tokens.shape[1])
+        texts.read(torch.from_numpy(prompt))
         steps_SB1 = torch.from_numpy(tokens).T.unsqueeze(2)
-        return _seconds(lambda: [self.model(step_B1, kv=cache, logits_to_keep=1) for step_B1 in steps_SB1])
+        return _seconds(lambda: [texts.read(step_B1) for step_B1 in steps_SB1])
 
     def bytes_per_step(self, batch: int) -> float:
         """Of weights that a step of one token for each of `batch` sequences must read, if experts are chosen evenly."""
@@ -76,16 +97,13 @@ class Ours:
             total += share * tensor.numel() * tensor.element_size()
         return total
 
-    def _cache(self, batch: int, capacity: int) -> KVCache:
-        """Empty; made once, as a server does."""
-        cache = self._caches.get((batch, capacity))
-        if cache is None:
-            dtype = self.model.norm.weight.dtype
-            cache = KVCache(self.model.config, batch_size=batch, capacity=capacity, dtype=dtype)
-            self._caches[batch, capacity] = cache
-        cache.length = 0
-        cache.positions.fill_(-1)
-        return cache
+    def _empty_texts(self, batch: int, capacity: int) -> Texts:
+        """Their memory is taken once, as a server does."""
+        if (batch, capacity) not in self._texts:
+            self._texts[batch, capacity] = Texts(self.model, batch, capacity)
+        texts = self._texts[batch, capacity]
+        texts.forget()
+        return texts
 
 
 class Llama:

@@ -45,7 +45,7 @@ class Side:
     """Who takes part: a name, and how to make it, which must pickle."""
 
     name: str
-    make: Callable[[], Runner]
+    make: Callable[[], object]
 
 
 class Contest:

@@ -4,6 +4,7 @@ Field names follow Hugging Face configs where such a field exists. Every class c
 config that exists is a config that can be built; `config_io` makes them from TOML, JSON and command-line flags.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +16,7 @@ __all__ = [
     "BalanceConfig",
     "CheckpointConfig",
     "DataConfig",
+    "EngineConfig",
     "MLAConfig",
     "MoEConfig",
     "ModelConfig",
@@ -282,19 +284,73 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is drawn. Temperature 0 takes the most likely one."""
+    """How the next token is drawn, and when that ends. Temperature 0 takes the most likely one."""
 
     max_tokens: int = 128
     temperature: float = 0.8
     top_p: float = 1.0
     top_k: int = 0
     """Keep only the k most likely tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Keep only tokens at least so many times as likely as the best."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that was generated already."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time that it was."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens in prompt and text (arXiv 1909.05858)."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    stop: tuple[str, ...] = ()
+    """Text that ends the generation, and is not part of it."""
+    ignore_eos: bool = False
+    """Go on after an end-of-sequence token."""
     seed: int = 0
     allow_lookahead: bool = False
     """Generate also from a model whose routers look at later tokens; computes the whole text anew for each token."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "max_tokens")
+        require_positive(self, "max_tokens", "repetition_penalty")
         require_not_negative(self, "temperature", "top_k")
         require_seed(self.seed)
         require(0.0 < self.top_p <= 1.0, f"top_p is {self.top_p}; it must lie above 0 and at most 1")
+        require(0.0 <= self.min_p <= 1.0, f"min_p is {self.min_p}; it must lie between 0 and 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            require(-2.0 <= value <= 2.0, f"{name} is {value}; it must lie between -2 and 2")
+        require(all(self.stop), "stop has an empty text, which would end everything at once; remove it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How many texts are generated side by side, and with how much memory."""
+
+    max_sequences: int = 16
+    """Texts that are computed in the same step, at most."""
+    step_tokens: int = 512
+    """Tokens of a step, at most: longer prompts come in pieces, beside the texts that are being written."""
+    kv_memory: str = "auto"
+    """Of keys and values, such as 1GiB; auto is what `max_sequences` texts of `max_model_tokens` need, and at most a
+    quarter of what the machine, or the budget, has left."""
+    max_model_tokens: int = 8192
+    """Prompt and answer together, at most; a model with fewer positions has fewer."""
+    prefix_cache: bool = True
+    """Keep keys and values of texts that have ended, for others that begin alike."""
+    max_waiting: int = 256
+    """Requests that wait for their turn; more are refused at once."""
+    max_waiting_tokens: int = 262144
+    """The same, counted in tokens of their prompts."""
+    prompt_lookup: int = 0
+    """Guess so many next tokens from what followed the same words before, and check them in one step (prompt-lookup
+    decoding); it is left off while that is slower. 0 switches it off."""
+    expert_bytes: str = ""
+    """With experts on disk: texts advance together only as far as their step reads about so much, such as 256MiB; empty
+    means all of them."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "max_sequences", "step_tokens", "max_model_tokens", "max_waiting", "max_waiting_tokens")
+        require_not_negative(self, "prompt_lookup")
+        require(
+            self.step_tokens >= self.max_sequences,
+            f"step_tokens is {self.step_tokens} and max_sequences {self.max_sequences}; each text needs a token a step",
+        )

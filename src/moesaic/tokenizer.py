@@ -170,12 +170,25 @@ class Tokenizer:
         present = [{key: value for key, value in message.items() if value is not None} for message in messages]
         return self._templates[name].render(self._special_names | variables | given | {"messages": present})
 
+    @property
+    def tool_template(self) -> str:
+        """The source of the chat template that renders `tools`; empty without one."""
+        templates = named_templates(self._settings.get("chat_template"))
+        return templates.get("tool_use") or templates.get("default", "")
+
+    def name_of(self, token_id: int) -> str:
+        """As the vocabulary has it. Raises UsageError where there is no such token."""
+        name = self._rust.id_to_token(token_id)
+        if name is None:
+            raise UsageError(f"the tokenizer has no token {token_id}; it has ids below {self.vocab_size}")
+        return name
+
     @functools.cached_property
     def _is_bytes(self) -> bool:
         """Whether id b is byte b for all 256 of them, with nothing to merge: then encoding needs no library."""
         model = self._structure["model"]
         only_special_added = all(token["special"] for token in self._structure["added_tokens"])
-        only_bytes = model["type"] == "BPE" and not model["merges"] and model["vocab"] == _byte_vocabulary()
+        only_bytes = model["type"] == "BPE" and not model["merges"] and model["vocab"] == byte_alphabet()
         return only_bytes and only_special_added and self._structure["normalizer"] is None
 
     def _special_id(self, role: str) -> int | None:
@@ -224,7 +237,7 @@ def byte_tokenizer() -> Tokenizer:
     """Id b is byte b; id 256 ends a document."""
     import tokenizers
 
-    rust = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=_byte_vocabulary(), merges=[]))
+    rust = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=byte_alphabet(), merges=[]))
     rust.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     rust.decoder = tokenizers.decoders.ByteLevel()
     rust.add_special_tokens([END_OF_TEXT])
@@ -249,7 +262,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(_byte_vocabulary()),
+        initial_alphabet=sorted(byte_alphabet()),
         show_progress=False,
     )
     rust.train_from_iterator(texts, trainer)
@@ -362,7 +375,7 @@ def _no_ids_refused() -> Iterator[None]:
 
 
 @functools.cache
-def _byte_vocabulary() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """GPT-2's alphabet: each byte as one printable character, in byte order. Do not change the result."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     stand_ins: Iterator[int] = iter(range(256, 512))

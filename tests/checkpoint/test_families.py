@@ -21,6 +21,7 @@ from moesaic.checkpoint.save import export_model
 from moesaic.config import ModelConfig
 from moesaic.model.kv_cache import KVCache
 from moesaic.model.transformer import Transformer
+from tests.model.paged import paged_logits, random_passes
 
 from .family_cases import FAMILY_CASES
 from .helpers import load_theirs, random_tokens, save_hf_model
@@ -64,6 +65,14 @@ def test_decoding_with_the_cache_equals_the_full_forward(saved: tuple[Path, tran
     kv = KVCache(ours.config, batch_size=2, capacity=tokens.shape[1])
     steps = [ours(chunk, kv=kv) for chunk in tokens.split([23, 1, 1, 2, 1, tokens.shape[1] - 28], dim=1)]
     assert largest_difference(torch.cat(steps, dim=1), ours(tokens)) < TOLERANCE
+
+
+@torch.no_grad()
+def test_passes_over_texts_in_blocks_equal_the_full_forward(saved: tuple[Path, transformers.PreTrainedModel]) -> None:
+    ours, tokens = load(saved[0]), random_tokens()
+    lengths = [len(text) for text in tokens]
+    logits = paged_logits(ours, list(tokens), random_passes(lengths, 30), prompt_lengths=lengths)
+    assert largest_difference(torch.stack(logits), ours(tokens)) < TOLERANCE
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
 """The small native operators against torch in float64, on every instruction set of this machine.
 
-B sequences, L new tokens, S tokens attended to, H query heads, G key-value heads, d head dim, T tokens, E experts.
+T new tokens of all sequences, L of one, S tokens attended to, H query heads, G key-value heads, d head dim, E experts.
 """
 
 import math
+import random
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from moesaic.errors import UsageError
 from moesaic.model.rope import rotate
 from moesaic.ops import native_step
 from moesaic.ops.native import native_instruction_sets
-from moesaic.ops.native_step import AttentionStep, Heads, RouterStep
+from moesaic.ops.native_step import BLOCK_TOKENS, AttentionStep, Heads, RouterStep
+from tests.model.paged import random_passes
 
 from .sanitized import COMPILER, SANITIZERS, run_sanitized
 
@@ -94,64 +97,164 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "one key-value head": {"H": 6, "G": 1},
     "as many as queries": {"H": 3, "G": 3, "qk_norm": "head"},
     "wide heads": {"d": 128, "H": 4, "G": 2},
-    "odd width": {"d": 10, "qk_norm": "width", "rotary_dim": 6},
-    "several tokens": {"L": 5},
-    "nothing before": {"past": 0, "L": 3},
-    "a long past": {"past": 301, "B": 1},
+    "odd width": {"d": 9, "qk_norm": "width", "rotary_dim": 6},
+    "several tokens": {"lengths": [(21, 5), (3, 7)]},
+    "nothing before": {"lengths": [(0, 3)]},
+    "a long past": {"lengths": [(301, 1)]},
+    "many of all lengths": {"lengths": [(past, 1 + past % 3) for past in range(0, 130, 9)]},
+    "at the edges of blocks": {"lengths": [(31, 1), (32, 1), (31, 2), (0, 32), (64, 32), (33, 63)]},
+    "long chunks": {"lengths": [(17, 70), (0, 33), (64, 1)], "qk_norm": "width", "H": 6},
+    "a window": {"lengths": [(90, 40), (2, 3), (63, 1)], "window": 9},
+    "a window and sinks": {"lengths": [(90, 40), (2, 3), (63, 1)], "window": 40, "sinks": True},
+    "chunked": {"lengths": [(90, 40), (31, 2), (64, 1)], "chunk": 24},
 }
+
+
+@dataclass
+class Pool:
+    """Keys and values of sequences of `totals` tokens in shuffled blocks: NaN stands wherever nobody has written."""
+
+    heads: Heads
+    totals: list[int]
+    keys: Tensor = field(init=False)
+    values: Tensor = field(init=False)
+    tables: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        G, d = self.heads.num_key_value_heads, self.heads.head_dim
+        needed = [-(-total // BLOCK_TOKENS) for total in self.totals]
+        numbers = torch.randperm(sum(needed) + 2)
+        self.keys = torch.full((len(numbers), G, d, BLOCK_TOKENS), math.nan)
+        self.values = torch.full((len(numbers), G, BLOCK_TOKENS, d), math.nan)
+        self.tables = torch.full((len(needed), max(needed) + 1), 2**40)  # beyond a sequence's blocks: no block at all
+        for table, blocks in zip(self.tables, numbers.split([*needed, 2]), strict=False):
+            table[: len(blocks)] = blocks
+
+    def fill(self, number: int, keys: Tensor, values: Tensor) -> None:
+        """Keys and values (G, S, d) of a sequence's first tokens."""
+        for start in range(0, keys.shape[1], BLOCK_TOKENS):
+            block, some = self.tables[number, start // BLOCK_TOKENS], slice(start, start + BLOCK_TOKENS)
+            count = keys[:, some].shape[1]
+            self.keys[block, :, :, :count] = keys[:, some].transpose(1, 2)
+            self.values[block, :, :count] = values[:, some]
+
+    def held(self, number: int) -> tuple[Tensor, Tensor]:
+        """All keys and values of a sequence, each (1, G, S, d)."""
+        total = self.totals[number]
+        blocks = self.tables[number, : -(-total // BLOCK_TOKENS)]
+        keys = self.keys[blocks].permute(1, 0, 3, 2).flatten(1, 2)[None, :, :total]
+        return keys, self.values[blocks].transpose(0, 1).flatten(1, 2)[None, :, :total]
+
+    def step(self, parts: list[tuple[int, int, int]], **options: Any) -> AttentionStep:
+        """Of the tokens from .. to - 1 of some sequences, each (number, from, to)."""
+        counts = torch.tensor([0, *(end - start for _, start, end in parts)])
+        num_keys = torch.tensor([end for _, _, end in parts])
+        tables = self.tables[[number for number, _, _ in parts]]
+        return AttentionStep(self.heads, self.keys, self.values, counts.cumsum(0), num_keys, tables, **options)
+
+
+def first_keys_of(parts: list[tuple[int, int, int]], sizes: dict[str, Any]) -> Tensor | None:
+    positions = torch.cat([torch.arange(start, end) for _, start, end in parts])
+    if "window" in sizes:
+        return (positions - sizes["window"] + 1).clamp_min(0)
+    return positions - positions % sizes["chunk"] if "chunk" in sizes else None
 
 
 @EVERY
 @pytest.mark.parametrize("case", ATTENTION)
 def test_attend(instruction_set: str, case: str) -> None:
-    sizes = {"B": 2, "L": 1, "H": 4, "G": 2, "d": 16, "past": 21} | ATTENTION[case]
-    B, L, H, G, d, past = (int(sizes[name]) for name in ("B", "L", "H", "G", "d", "past"))
-    qk_norm, S = str(sizes.get("qk_norm", "none")), past + L
-    heads = Heads(H, G, d, d**-0.5, qk_norm, EPS, bool(sizes.get("interleaved", False)))
-    inputs = (torch.randn(B, L, H * d), torch.randn(B, L, G * d), torch.randn(B, L, G * d))
-    cache = (torch.randn(B, G, S + 3, d), torch.randn(B, G, S + 3, d))
-    before = (cache[0].clone(), cache[1].clone())
-    angles = torch.randn(B, 1, L, int(sizes.get("rotary_dim", d)))
+    sizes = {"lengths": [(21, 1), (40, 1)], "H": 4, "G": 2, "d": 16} | ATTENTION[case]
+    H, G, d, lengths = sizes["H"], sizes["G"], sizes["d"], sizes["lengths"]
+    qk_norm, T = sizes.get("qk_norm", "none"), sum(new for _, new in lengths)
+    heads = Heads(H, G, d, d**-0.5, qk_norm, EPS, sizes.get("interleaved", False))
+    inputs = (torch.randn(1, T, H * d), torch.randn(1, T, G * d), torch.randn(1, T, G * d))
+    pool = Pool(heads, [past + new for past, new in lengths])
+    pasts = [(torch.randn(1, G, past, d), torch.randn(1, G, past, d)) for past, _ in lengths]
+    for number, (keys, values) in enumerate(pasts):
+        pool.fill(number, keys[0], values[0])
+    unused = pool.keys.isnan().sum(), pool.values.isnan().sum()
+    angles = torch.randn(1, 1, T, sizes.get("rotary_dim", d))
     rotary = (angles.cos(), angles.sin()) if angles.numel() else None
     width = {"head": (d, d), "width": (H * d, G * d)}.get(qk_norm)
     norms = None if width is None else (torch.randn(width[0]), torch.randn(width[1]))
     sinks = torch.randn(H) if sizes.get("sinks") else None
-    mask = torch.rand(B, 1, L, S) < 0.7
-    mask[..., -1] = True
-    step = AttentionStep(heads, *cache, S, mask, rotary, norms, sinks)
+    parts = [(number, past, past + new) for number, (past, new) in enumerate(lengths)]
+    first_keys = first_keys_of(parts, sizes)
+    step = pool.step(parts, first_keys=first_keys, rotary=rotary, norms=norms, sinks=sinks)
     got = native_step.attend(step, *inputs, instruction_set=instruction_set)
-    old = (before[0][:, :, :past], before[1][:, :, :past])
-    expected, keys, values = attention_oracle(heads, inputs, old, mask, rotary, norms, sinks)
-    assert_close(got, expected, 1e-5)
-    assert_close(cache[0][:, :, :S], keys, 5e-6)
-    assert_close(cache[1][:, :, :S], values, 0.0)
-    for now, then in zip(cache, before, strict=True):
-        assert torch.equal(now[:, :, S:], then[:, :, S:])
-        assert torch.equal(now[:, :, :past], then[:, :, :past])
+
+    starts = step.first_tokens.tolist()
+    for (number, past, total), old, start, end in zip(parts, pasts, starts, starts[1:], strict=False):
+        mine = (inputs[0][:, start:end], inputs[1][:, start:end], inputs[2][:, start:end])
+        turns = None if rotary is None else (rotary[0][:, :, start:end], rotary[1][:, :, start:end])
+        positions, seen = torch.arange(past, total)[:, None], torch.arange(total)
+        first = 0 if first_keys is None else first_keys[start:end, None]
+        mask = (seen <= positions) & (seen >= first)
+        expected, keys, values = attention_oracle(heads, mine, old, mask, turns, norms, sinks)
+        assert_close(got[:, start:end], expected, 1e-5)
+        held_keys, held_values = pool.held(number)
+        assert_close(held_keys, keys, 5e-6)
+        assert_close(held_values, values, 0.0)
+        assert torch.equal(held_keys[:, :, :past], old[0])
+    written = T * G * d
+    assert (pool.keys.isnan().sum(), pool.values.isnan().sum()) == (unused[0] - written, unused[1] - written)
 
 
 @EVERY
-def test_one_mask_serves_all_sequences(instruction_set: str) -> None:
-    heads = Heads(2, 1, 8, 0.3)
-    inputs = (torch.randn(3, 2, 16), torch.randn(3, 2, 8), torch.randn(3, 2, 8))
-    mask = torch.tensor([[True, True, False, True, False], [False, True, True, True, True]]).view(1, 1, 2, 5)
-    results = []
-    for rows in (mask, mask.expand(3, -1, -1, -1)):
-        keys, values = torch.ones(3, 1, 5, 8), torch.full((3, 1, 5, 8), 2.0)
-        step = AttentionStep(heads, keys, values, 5, rows.contiguous(), rotary=None)
-        results.append(native_step.attend(step, *inputs, instruction_set=instruction_set))
-    assert torch.equal(*results)
+@pytest.mark.parametrize(
+    "sizes", [{}, {"window": 20}, {"chunk": 24, "H": 6, "G": 1, "d": 9}, {"H": 3, "G": 3, "d": 40}]
+)
+def test_what_a_sequence_gets_depends_on_nothing_else(instruction_set: str, sizes: dict[str, Any]) -> None:
+    """Bit for bit: each alone in one pass, all in one pass, and cut into passes with random others, of which one has no
+    finite numbers."""
+    H, G, d = (sizes.get(name, default) for name, default in (("H", 8), ("G", 2), ("d", 16)))
+    heads = Heads(H, G, d, d**-0.5, "head", EPS)
+    totals = [random.randint(1, 150) for _ in range(4)]
+    norms, sinks = (torch.randn(d), torch.randn(d)), torch.randn(H)
+    inputs = [tuple(torch.randn(1, total, heads * d) for heads in (H, G, G)) for total in totals]
+    inputs.append(tuple(torch.full_like(each, random.choice((math.inf, math.nan))) for each in inputs[0]))
+    angles = [torch.randn(1, 1, total, d // 2 * 2) for total in totals]
+    angles.append(angles[0])
+
+    def run(passes: list[list[tuple[int, int, int]]]) -> list[Tensor]:
+        pool = Pool(heads, [*totals, totals[0]])
+        results: list[list[Tensor]] = [[] for _ in inputs]
+        for parts in passes:
+            turns = torch.cat([angles[number][:, :, start:end] for number, start, end in parts], 2)
+            rows = [torch.cat([inputs[n][i][:, start:end] for n, start, end in parts], 1) for i in range(3)]
+            step = pool.step(
+                parts,
+                first_keys=first_keys_of(parts, sizes),
+                rotary=(turns.cos(), turns.sin()),
+                norms=norms,
+                sinks=sinks,
+            )
+            out = native_step.attend(step, *rows, instruction_set=instruction_set)
+            for (number, _, _), some in zip(parts, out.split([end - start for _, start, end in parts], 1), strict=True):
+                results[number].append(some)
+        return [torch.cat(some, 1) for some in results if some][: len(totals)]
+
+    alone = run([[(number, 0, total)] for number, total in enumerate(totals)])
+    assert all(each.isfinite().all() for each in alone)
+    together = run([[(4, 0, totals[0]), *((number, 0, total) for number, total in enumerate(totals))]])
+    assert all(map(torch.equal, alone, together))
+    for most in (3, 50):
+        assert all(map(torch.equal, alone, run(random_passes([*totals, totals[0]], most))))
 
 
-def test_what_torch_would_broadcast_is_not_read_beyond_its_end() -> None:
+def test_what_does_not_fit_together_is_not_read_beyond_its_end() -> None:
     heads = Heads(2, 1, 8, 0.3)
-    inputs = (torch.randn(3, 1, 16), torch.randn(3, 1, 8), torch.randn(3, 1, 8))
-    mask, angles = torch.ones(1, 1, 1, 5, dtype=torch.bool), torch.ones(3, 1, 1, 8)
-    for batch, rows, capacity in ((1, 3, 5), (3, 1, 5), (3, 3, 4)):
-        cache = (torch.zeros(batch, 1, capacity, 8), torch.zeros(batch, 1, capacity, 8))
-        step = AttentionStep(heads, *cache, 5, mask, (angles[:rows], angles[:rows]))
-        with pytest.raises(UsageError, match=f"cache of {batch} x {capacity}, 1 masks and angles for {rows} x 1"):
-            native_step.attend(step, *inputs)
+    inputs = (torch.randn(1, 3, 16), torch.randn(1, 3, 8), torch.randn(1, 3, 8))
+    pool = Pool(heads, [5, 6])
+    parts, angles = [(0, 4, 5), (1, 4, 6)], torch.ones(1, 1, 3, 8)
+    with pytest.raises(UsageError, match="3 new tokens, angles for 1, windows for 3 and tables of 2 sequences"):
+        native_step.attend(pool.step(parts, rotary=(angles[:, :, :1], angles[:, :, :1])), *inputs)
+    with pytest.raises(UsageError, match="3 new tokens, angles for 3, windows for 2 and tables of 2 sequences"):
+        native_step.attend(pool.step(parts, first_keys=torch.zeros(2, dtype=torch.int64)), *inputs)
+    for name in ("num_keys", "block_tables", "first_tokens"):
+        whole = pool.step(parts)
+        with pytest.raises(UsageError, match="tables of 1, 2 sequences do not fit together"):
+            native_step.attend(replace(whole, **{name: getattr(whole, name)[:-1]}), *inputs)
 
 
 @EVERY

@@ -14,8 +14,10 @@ import moesaic
 from moesaic.checkpoint import load_within as loading
 from moesaic.checkpoint.quantize import quantize
 from moesaic.checkpoint.save import export_model
-from moesaic.config import ModelConfig, MoEConfig, SamplingConfig
+from moesaic.config import EngineConfig, ModelConfig, MoEConfig, SamplingConfig
+from moesaic.engine.engine import Engine
 from moesaic.engine.generate import Generation, stream
+from moesaic.engine.request import Request
 from moesaic.errors import MoesaicError, UsageError
 from moesaic.model.transformer import Transformer
 from moesaic.residency.foresight import Guess
@@ -140,7 +142,7 @@ def test_rooms_may_open_and_close_in_any_order(tight: Residency) -> None:
     prefill = tight.plan.parts["activations"]
     first, second = tight.room(cached_tokens=30), tight.room(cached_tokens=30)
     one = first.__enter__()
-    one.only_decodes()
+    one.resize(1)
     assert tight.plan.parts["activations"] < prefill
     second.__enter__()
     assert tight.plan.parts["activations"] >= prefill
@@ -351,3 +353,35 @@ def test_a_model_on_disk_is_not_exported(tmp_path: Path) -> None:
     model = moesaic.load(quantized(tmp_path, scheme="int8"), memory="64GiB")
     with pytest.raises(UsageError, match="the model is quantised"):
         export_model(model, None, tmp_path / "out")
+
+
+@pytest.mark.parametrize("expert_bytes", ["", "8KiB"])
+def test_texts_side_by_side_are_those_of_the_model_in_memory(
+    tmp_path: Path, with_slots: Callable[[Path, int], Transformer], expert_bytes: str
+) -> None:
+    directory = quantized(tmp_path)
+    in_memory, on_disk = moesaic.load(directory, device="cpu"), with_slots(directory, 7)
+    requests = [
+        Request(
+            prompt_ids=torch.randint(0, 257, (int(torch.randint(1, 90, ())),)).tolist(),
+            sampling=SamplingConfig(max_tokens=12, temperature=0, ignore_eos=True),
+        )
+        for _ in range(8)
+    ]
+    config = EngineConfig(step_tokens=48, max_model_tokens=256, expert_bytes=expert_bytes)
+    texts = []
+    for model in (in_memory, on_disk):
+        engine = Engine(model, byte_tokenizer(), config)
+        written: dict[int, list[int]] = {engine.submit(request): [] for request in requests}
+        while engine.has_work:
+            for handle, delta in engine.step():
+                assert delta.error is None
+                written[handle] += [token.id for token in delta.tokens]
+        texts.append(list(written.values()))
+        statistics = engine.statistics()
+        engine.close()
+    assert texts[0] == texts[1]
+    assert statistics.misses > 0
+    assert statistics.bytes_read > 0
+    assert residency(on_disk).plan.parts.keys() >= {"activations"}
+    assert not any("keys and values" in part for part in residency(on_disk).plan.parts)

@@ -31,6 +31,7 @@ for position, (name, function, about) in enumerate(
         ("train", "train", "Train a model as a TOML config says."),
         ("generate", "generate", "Continue a prompt."),
         ("chat", "chat", "Talk to a model."),
+        ("serve", "serve", "Serve a model over HTTP, as OpenAI's API."),
         ("eval", "evaluate", "Perplexity, bits per byte and balance on a text file."),
         ("export", "export", "Write a run as a Hugging Face directory."),
         ("upcycle", "upcycle", "Make a sparse model of a dense one, with the same logits."),

@@ -1,22 +1,29 @@
-"""One sequence at a time: prefill the prompt, then decode token by token.
+"""One text at a time: on the engine, or, where later tokens change what earlier ones get, from the whole text anew.
 
 L prompt tokens, V vocabulary.
 """
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 
-from moesaic.config import SamplingConfig
+from moesaic.config import EngineConfig, SamplingConfig
+from moesaic.engine.engine import Engine, end_ids, is_servable
+from moesaic.engine.request import Request
 from moesaic.engine.sampler import Sampler
+from moesaic.engine.text import TextAssembly
 from moesaic.errors import UsageError
 from moesaic.model.kv_cache import KVCache
+from moesaic.model.paged_kv import kv_block_bytes
 from moesaic.model.transformer import Transformer
-from moesaic.residency.residency import PREFILL_TOKENS, Room, residency_of
+from moesaic.ops.native_step import BLOCK_TOKENS
 from moesaic.tokenizer import Tokenizer
+
+_STEP_TOKENS = 2048
+"""Nobody waits for a step but the text itself."""
 
 
 @dataclass
@@ -70,11 +77,16 @@ def generate(
     return generation.text
 
 
-@torch.inference_mode()
 def stream(
-    model: Transformer, tokenizer: Tokenizer, prompt_ids: list[int], config: SamplingConfig, generation: Generation
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt_ids: list[int],
+    config: SamplingConfig,
+    generation: Generation,
+    engine: Engine | None = None,
 ) -> Iterator[str]:
-    """Yield text as it is decoded, until an end-of-sequence token or `max_tokens`; statistics go to `generation`.
+    """Yield text as it is decoded, until an end-of-sequence token, a stop string or `max_tokens`; statistics go to
+    `generation`. An `engine` of this model, with nothing else to do, may know the beginning already.
 
     Raises:
         UsageError: the prompt is empty, it and max_tokens exceed the model's positions, or the routers look at later
@@ -82,45 +94,80 @@ def stream(
     """
     require_causal(model, config)
     _require_room(model, len(prompt_ids), config.max_tokens)
-    capacity = len(prompt_ids) + config.max_tokens
-    residency = residency_of(model)
-    sizes = {"cached_tokens": capacity, "pass_tokens": min(len(prompt_ids), PREFILL_TOKENS)}
-    with nullcontext() if residency is None else residency.room(**sizes) as room:
-        yield from _stream(model, tokenizer, prompt_ids, config, generation, room)
-
-
-def _stream(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompt_ids: list[int],
-    config: SamplingConfig,
-    generation: Generation,
-    room: Room | None,
-) -> Iterator[str]:
-    next_logits = _Continuation(model, capacity=len(prompt_ids) + config.max_tokens)
     generation.prompt_tokens = len(prompt_ids)
-    sampler, decoder = Sampler(config), tokenizer.decoder()
-    end_ids = set(model.config.eos_token_ids) or {tokenizer.eos_id}
+    with ExitStack() as stack:
+        stack.enter_context(model.evaluating())
+        if not is_servable(model):
+            texts = _from_whole_texts(model, tokenizer, prompt_ids, config, generation)
+        else:
+            if engine is None:
+                longest = len(prompt_ids) + config.max_tokens
+                engine = Engine(model, tokenizer, _for_one_text(model, len(prompt_ids), longest))
+                stack.callback(engine.close)
+            texts = _from_engine(engine, Request(prompt_ids=prompt_ids, sampling=config), generation)
+        for text in texts:
+            generation.text += text
+            yield text
 
-    start = time.perf_counter()
-    token_id = sampler.draw(next_logits.after(prompt_ids))
-    generation.prefill_seconds = time.perf_counter() - start
 
-    if room is not None:
-        room.only_decodes()
-    while token_id not in end_ids:
-        generation.token_ids.append(token_id)
-        piece = decoder.push(token_id)
-        generation.text += piece
-        yield piece
-        if len(generation.token_ids) == config.max_tokens:
-            break
+def _from_engine(engine: Engine, request: Request, generation: Generation) -> Iterator[str]:
+    handle = engine.submit(request)
+    try:
+        while engine.has_work:
+            start = time.perf_counter()
+            deltas = engine.step()
+            seconds = time.perf_counter() - start
+            if generation.token_ids:
+                generation.decode_seconds += seconds
+            else:
+                generation.prefill_seconds += seconds
+            for _, delta in deltas:
+                if delta.error is not None:
+                    raise delta.error
+                generation.token_ids += [token.id for token in delta.tokens]
+                yield delta.text
+    except BaseException:
+        engine.cancel(handle)
+        raise
+
+
+def _for_one_text(model: Transformer, prompt_tokens: int, longest: int) -> EngineConfig:
+    """With no more memory than it needs."""
+    weight = model.embed_tokens.weight
+    kv_bytes = -(-longest // BLOCK_TOKENS) * kv_block_bytes(model.config, weight.dtype, weight.device)
+    return EngineConfig(
+        max_sequences=1,
+        step_tokens=min(prompt_tokens, _STEP_TOKENS),
+        kv_memory=str(kv_bytes),
+        max_model_tokens=longest,
+        prefix_cache=False,
+    )
+
+
+@torch.inference_mode()
+def _from_whole_texts(
+    model: Transformer, tokenizer: Tokenizer, prompt_ids: list[int], config: SamplingConfig, generation: Generation
+) -> Iterator[str]:
+    """For models that the engine does not serve."""
+    next_logits = _Continuation(model, capacity=len(prompt_ids) + config.max_tokens)
+    ends = set() if config.ignore_eos else end_ids(model, tokenizer)
+    sampler, text = Sampler(config, prompt_ids), TextAssembly(tokenizer, config.stop)
+    new_ids = prompt_ids
+    while len(generation.token_ids) < config.max_tokens and not text.stopped:
         start = time.perf_counter()
-        token_id = sampler.draw(next_logits.after([token_id]))
-        generation.decode_seconds += time.perf_counter() - start
-    rest = decoder.flush()
-    generation.text += rest
-    yield rest
+        token_id = sampler.draw(next_logits.after(new_ids), len(generation.token_ids))
+        seconds = time.perf_counter() - start
+        if new_ids is prompt_ids:
+            generation.prefill_seconds = seconds
+        else:
+            generation.decode_seconds += seconds
+        if token_id in ends:
+            break
+        sampler.accept(token_id)
+        generation.token_ids.append(token_id)
+        new_ids = [token_id]
+        yield text.push(token_id)
+    yield text.flush()
 
 
 class _Continuation:
@@ -136,21 +183,12 @@ class _Continuation:
                 model.config, batch_size=1, capacity=capacity, dtype=weight.dtype, device=weight.device
             )  # fmt: skip
         self._ids: list[int] = []
-        self._most_tokens = capacity if residency_of(model) is None else PREFILL_TOKENS
 
     def after(self, new_ids: list[int]) -> torch.Tensor:
         """(V,) after the text so far and `new_ids`."""
         self._ids += new_ids
-        if self._kv is None:
-            return self._logits_after(self._ids)
-        *pieces, last = (new_ids[i : i + self._most_tokens] for i in range(0, len(new_ids), self._most_tokens))
-        for piece in pieces:
-            self._logits_after(piece)
-        return self._logits_after(last)
-
-    def _logits_after(self, ids: list[int]) -> torch.Tensor:
-        with self._model.evaluating():
-            return self._model(torch.tensor([ids], device=self._device), kv=self._kv, logits_to_keep=1)[0, -1]
+        ids = self._ids if self._kv is None else new_ids
+        return self._model(torch.tensor([ids], device=self._device), kv=self._kv, logits_to_keep=1)[0, -1]
 
 
 def require_causal(model: Transformer, config: SamplingConfig) -> None:

@@ -3,14 +3,16 @@
 B batch, L new tokens, S all tokens attended to, D hidden size, H query heads, G key-value heads, d head dim.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from moesaic.config import ModelConfig
 from moesaic.model.attention_context import AttentionContext
-from moesaic.model.kv_cache import KVCache
 from moesaic.model.linear import Linear
 from moesaic.model.norm import RMSNorm, rms_normalize
+from moesaic.model.paged_kv import PagedBatch
 from moesaic.model.rope import rotate
 from moesaic.model.softmax_attention import attend
 from moesaic.model_config import LayerType
@@ -47,54 +49,76 @@ class Attention(nn.Module):
         )
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        if context.kv is not None and self.native_serves(x, context):
-            out_BLh = native_step.attend(self.step(context, context.kv), self.q_proj(x), self.k_proj(x), self.v_proj(x))
-            return self.o_proj(out_BLh)
-        query_BHLd = self._place(self._heads(self.q_proj(x), self.q_norm), self.q_norm, context)
-        key_BGSd = self._place(self._heads(self.k_proj(x), self.k_norm), self.k_norm, context)
-        value_BGSd = self._heads(self.v_proj(x), None)
-        if not self.has_rope and context.temperature is not None:
-            query_BHLd = (query_BHLd * context.temperature).to(query_BHLd.dtype)
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if isinstance(context.kv, PagedBatch):
+            return self.o_proj(self._attend_paged(query, key, value, context, context.kv))
+        query_BHLd, key_BGSd, value_BGSd = self._placed(query, key, value, context)
         if context.kv is not None:
             key_BGSd, value_BGSd = context.kv.write(self.layer_index, key_BGSd, value_BGSd)
-        out_BHLd = attend(
+        out_BHLd = self._attend(
             query_BHLd,
             key_BGSd.to(query_BHLd.dtype),
             value_BGSd.to(query_BHLd.dtype),
             context.masks[self.layer_type],
-            scale=self.scale,
-            sinks=self.sinks,
         )
         return self.o_proj(out_BHLd.transpose(1, 2).flatten(2))
 
-    def native_serves(self, x: Tensor, context: AttentionContext) -> bool:
-        """Whether one operator may do what stands between the projections: few tokens, and nothing unusual."""
+    def _attend_paged(
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, batch: PagedBatch
+    ) -> Tensor:
+        """(1, T, heads * d), as projected -> (1, T, H * d)."""
+        dtype = query.dtype
+        if self.native_places(context) and native_step.serves(query.float()):
+            step = self.step(context, batch)
+            return native_step.attend(step, query.float(), key.float(), value.float()).to(dtype)
+        placed = self._placed(query, key, value, context)
+        if native_step.serves(query.float()) and batch.store.keys.dtype == torch.float32:
+            step = self.step(context, batch, placed=True)
+            rows = (each.transpose(1, 2).flatten(2).float() for each in placed)
+            return native_step.attend(step, *rows).to(dtype)
+        out_1HTd = batch.attend(self.layer_index, *placed, self.layer_type, self._attend)
+        return out_1HTd.transpose(1, 2).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return attend(query, key, value, mask, scale=self.scale, sinks=self.sinks)
+
+    def native_places(self, context: AttentionContext) -> bool:
+        """Whether one operator may do all that stands between the projections."""
         return (
-            x.shape[1] <= native_step.FEW_TOKENS
-            and native_step.serves(x)
-            and self.config.qk_norm in native_step.QK_NORMS
+            self.config.qk_norm in native_step.QK_NORMS
             and self.config.clip_qkv is None
             and (self.has_rope or context.temperature is None)
-            and context.masks[self.layer_type] is not None
-            and context.kv is not None
-            and context.kv.keys.dtype == torch.float32
+            and isinstance(context.kv, PagedBatch)
+            and context.kv.store.keys.dtype == torch.float32
             and not any(norm is not None and has_hooks(norm) for norm in (self.q_norm, self.k_norm))
         )
 
-    def step(self, context: AttentionContext, kv: KVCache) -> native_step.AttentionStep:
-        """What that operator reads besides the projected tokens."""
-        mask_BLS = context.masks[self.layer_type]
-        assert mask_BLS is not None
+    def step(self, context: AttentionContext, batch: PagedBatch, *, placed: bool = False) -> native_step.AttentionStep:
+        """What that operator reads besides the projected tokens; of queries and keys that are `placed` already, the
+        part that is left of it."""
+        normed = not placed and self.q_norm is not None and self.k_norm is not None
         return native_step.AttentionStep(
-            self.heads,
-            kv.keys[self.layer_index],
-            kv.values[self.layer_index],
-            kv.length,
-            mask_BLS.contiguous(),
-            rotary=context.rotary if self.has_rope else None,
-            norms=None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight),
+            replace(self.heads, qk_norm="none") if placed else self.heads,
+            batch.store.keys[self.layer_index],
+            batch.store.values[self.layer_index],
+            batch.first_tokens,
+            batch.num_keys,
+            batch.block_tables,
+            batch.first_keys(self.layer_type),
+            rotary=context.rotary if self.has_rope and not placed else None,
+            norms=(self.q_norm.weight, self.k_norm.weight) if normed else None,  # type: ignore[union-attr]
             sinks=self.sinks,
         )
+
+    def _placed(
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, heads * d), as projected -> (B, heads, L, d), normalised and turned."""
+        query_BHLd = self._turned(self._heads(query, self.q_norm), self.q_norm, context)
+        key_BGLd = self._turned(self._heads(key, self.k_norm), self.k_norm, context)
+        if not self.has_rope and context.temperature is not None:
+            query_BHLd = (query_BHLd * context.temperature).to(query_BHLd.dtype)
+        return query_BHLd, key_BGLd, self._heads(value, None)
 
     def _heads(self, projected: Tensor, norm: RMSNorm | None) -> Tensor:
         """(B, L, heads * d) -> (B, heads, L, d), normalised if that comes before RoPE, then clamped."""
@@ -107,7 +131,7 @@ class Attention(nn.Module):
             heads_BLhd = heads_BLhd.clamp(-self.config.clip_qkv, self.config.clip_qkv)
         return heads_BLhd.transpose(1, 2)
 
-    def _place(self, heads: Tensor, norm: RMSNorm | None, context: AttentionContext) -> Tensor:
+    def _turned(self, heads: Tensor, norm: RMSNorm | None, context: AttentionContext) -> Tensor:
         """Turn queries or keys (B, heads, L, d) by their positions, then normalise them if that comes after RoPE."""
         if self.has_rope:
             heads = rotate(heads, context.rotary, self.config.rope_interleaved)

@@ -32,6 +32,17 @@ def _sees_all(config: ModelConfig, kind: LayerType, length: int) -> bool:
     return limit is None or length <= limit
 
 
+def first_visible(config: ModelConfig, kind: LayerType, positions: Tensor) -> Tensor | None:
+    """The first position that queries at `positions` see, where nothing is padding; None: all see the very first."""
+    if kind == "sliding_attention":
+        assert config.sliding_window is not None
+        return (positions - config.sliding_window + 1).clamp_min(0)
+    if kind == "chunked_attention":
+        assert config.attention_chunk_size is not None
+        return positions - positions % config.attention_chunk_size
+    return None
+
+
 def _mask(config: ModelConfig, kind: LayerType, query_positions: Tensor, key_positions: Tensor) -> Tensor:
     """Padding sees padding, so that no row is empty: a softmax over nothing would be NaN."""
     query_BL1, key_B1S = query_positions.unsqueeze(2), key_positions.unsqueeze(1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moesaic.config import ModelConfig
 from moesaic.model.attention import Attention
 from moesaic.model.attention_context import AttentionContext
-from moesaic.model.block_step import block_step
+from moesaic.model.block_step import block_step, routing_of_step
 from moesaic.model.latent_attention import LatentAttention
 from moesaic.model.mlp import MLP
 from moesaic.model.moe import ExpertLayer, MoE
@@ -49,7 +49,8 @@ class Block(nn.Module):
         """x (B, L, D); `seen` is what routers may know."""
         step = block_step(self, x, context, seen)
         if step is not None:
-            return step(x), BlockRouting()
+            y, *routed = step(x)
+            return y, BlockRouting(routing_of_step(self, *routed) if seen.is_read else None)
         update = self.attention(self._input(x, self.attention_norm), context)
         x = self._add(x, update, self.attention_norm)
         update, routing = self._feed_forward(self._input(x, self.feed_forward_norm), seen)

@@ -1,6 +1,6 @@
-"""Which blocks are one call into C++ for a few tokens, and what that call reads.
+"""Which blocks are one call into C++ where texts are generated, and what that call reads.
 
-B sequences, L new tokens of each, D hidden size.
+T new tokens of all sequences, D hidden size.
 """
 
 from typing import TYPE_CHECKING
@@ -12,9 +12,10 @@ from moesaic.model.attention_context import AttentionContext
 from moesaic.model.moe import MoE
 from moesaic.model.norm import RMSNorm
 from moesaic.model.packed_linear import PackedLinear
+from moesaic.model.paged_kv import PagedBatch
 from moesaic.model.routers.topk import ScoreTopKRouter
 from moesaic.model.routing_context import RoutingContext
-from moesaic.ops import native_step
+from moesaic.ops import Routing, native_step
 from moesaic.ops.native_block import BlockStep
 
 if TYPE_CHECKING:
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def block_step(block: "Block", x: Tensor, context: AttentionContext, seen: RoutingContext) -> BlockStep | None:
-    """For x (B, L, D): the whole block as one operator, or None where its parts have to be called one by one.
+    """For x (1, T, D): the whole block as one operator, or None where its parts have to be called one by one.
 
-    They have to where anybody may look at what is between them: at the routing, or through hooks.
+    They have to where anybody may look at what is between them, through hooks.
     """
     kv = context.kv
     attention, moe = block.attention, block.feed_forward
-    if kv is None or seen.is_read or x.shape[0] * x.shape[1] > native_step.FEW_TOKENS or not native_step.serves(x):
+    if not isinstance(kv, PagedBatch) or not native_step.serves(x):
         return None
     if not isinstance(attention, Attention) or not isinstance(moe, MoE) or not isinstance(moe.router, ScoreTopKRouter):
         return None
@@ -38,7 +39,7 @@ def block_step(block: "Block", x: Tensor, context: AttentionContext, seen: Routi
         block.norm_placement == "pre"
         and all(isinstance(norm, RMSNorm) for norm in norms)
         and all(isinstance(projection, PackedLinear) for projection in projections)
-        and attention.native_serves(x, context)
+        and attention.native_places(context)
         and moe.router.native_serves(x.flatten(0, 1), seen)
         and moe.is_plainly_packed
         and not any(map(has_hooks, (*norms, *projections, attention, moe, moe.router, moe.experts)))
@@ -55,3 +56,11 @@ def block_step(block: "Block", x: Tensor, context: AttentionContext, seen: Routi
         router=moe.router.step(),
         experts=moe.experts.store or moe.experts.weights(x.dtype),
     )
+
+
+def routing_of_step(block: "Block", logits: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Routing:
+    """What such a call says of its router."""
+    moe = block.feed_forward
+    assert isinstance(moe, MoE)
+    assert isinstance(moe.router, ScoreTopKRouter)
+    return moe.router.routing_of(logits, topk_ids, topk_weights)

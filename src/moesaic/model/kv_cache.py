@@ -10,6 +10,14 @@ from moesaic.config import ModelConfig
 from moesaic.errors import MoesaicError
 
 
+def cached_sizes(config: ModelConfig) -> tuple[int, int, int]:
+    """(G, k, v): heads that are cached of a token, and the widths of their keys and values."""
+    mla = config.mla
+    if mla is not None:
+        return 1, mla.kv_lora_rank + mla.qk_rope_head_dim, 0
+    return config.num_key_value_heads, config.head_dim, config.head_dim
+
+
 class KVCache:
     """Room for `capacity` tokens of `batch_size` sequences in every layer.
 
@@ -27,10 +35,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        mla = config.mla
-        heads = 1 if mla else config.num_key_value_heads
-        key_size = mla.kv_lora_rank + mla.qk_rope_head_dim if mla else config.head_dim
-        value_size = 0 if mla else config.head_dim
+        heads, key_size, value_size = cached_sizes(config)
         shape = (config.num_hidden_layers, batch_size, heads, capacity)
         self.keys = torch.zeros((*shape, key_size), dtype=dtype, device=device)
         self.values = torch.zeros((*shape, value_size), dtype=dtype, device=device)

@@ -11,6 +11,7 @@ from moesaic.config import ModelConfig
 from moesaic.model.attention_context import AttentionContext
 from moesaic.model.linear import Linear
 from moesaic.model.norm import RMSNorm
+from moesaic.model.paged_kv import PagedBatch
 from moesaic.model.rope import rotate
 from moesaic.model.rope_scaling import scaling_factor, yarn_mscale
 from moesaic.model.softmax_attention import attend
@@ -49,13 +50,21 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         query_BHLd = self._queries(x, context)
         latent_B1Sx = self._latents(x, context)
+        no_values = latent_B1Sx[..., :0]
+        if isinstance(context.kv, PagedBatch):
+            out_BHLv = context.kv.attend(
+                self.layer_index, query_BHLd, latent_B1Sx, no_values, self.layer_type, self._attend
+            )
+            return self.o_proj(out_BHLv.transpose(1, 2).flatten(2))
         if context.kv is not None:
-            latent_B1Sx, _ = context.kv.write(self.layer_index, latent_B1Sx, latent_B1Sx[..., :0])
-        latent_B1Sx = latent_B1Sx.to(query_BHLd.dtype)
-        few = self._absorbing_is_cheaper(query_BHLd.shape[2], latent_B1Sx.shape[2])
-        attend_to_latents = self._attend_absorbed if few else self._attend_decompressed
-        out_BHLv = attend_to_latents(query_BHLd, latent_B1Sx, context.masks[self.layer_type])
+            latent_B1Sx, no_values = context.kv.write(self.layer_index, latent_B1Sx, no_values)
+        out_BHLv = self._attend(query_BHLd, latent_B1Sx.to(query_BHLd.dtype), no_values, context.masks[self.layer_type])
         return self.o_proj(out_BHLv.transpose(1, 2).flatten(2))
+
+    def _attend(self, query: Tensor, latent: Tensor, no_values: Tensor, mask: Tensor | None) -> Tensor:
+        """query (B, H, L, n + r), latent (B, 1, S, c + r) -> (B, H, L, v)."""
+        few = self._absorbing_is_cheaper(query.shape[2], latent.shape[2])
+        return (self._attend_absorbed if few else self._attend_decompressed)(query, latent, mask)
 
     def _queries(self, x: Tensor, context: AttentionContext) -> Tensor:
         """(B, H, L, n + r), turned by position."""

@@ -10,9 +10,13 @@ from moesaic.config import ModelConfig
 from moesaic.model.rope_scaling import rotary_frequencies
 
 
-def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (B, 1, L, r) float32, for integer positions (B, L), in the order of `config`'s pairs."""
-    frequencies, multiplier = rotary_frequencies(config, positions)
+def rotary_tables(positions: Tensor, config: ModelConfig, text_length: int | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (B, 1, L, r) float32, for integer positions (B, L), in the order of `config`'s pairs.
+
+    Some stretch with the length of the text: that is what these positions say, or `text_length`.
+    """
+    last = positions if text_length is None else torch.tensor([[text_length - 1]], device=positions.device)
+    frequencies, multiplier = rotary_frequencies(config, last)
     angle_BLp = positions[..., None].float() * frequencies
     if config.rope_interleaved:
         angle_BLr = angle_BLp.repeat_interleave(2, dim=-1)

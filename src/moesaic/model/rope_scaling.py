@@ -13,6 +13,8 @@ from torch import Tensor
 from moesaic.config import ModelConfig, RopeScaling
 
 Scaled = tuple[Tensor, float | Tensor]
+BY_LENGTH = ("dynamic", "longrope")
+"""Methods whose frequencies depend on how long the text is."""
 
 
 def rotary_frequencies(config: ModelConfig, positions: Tensor) -> Scaled:

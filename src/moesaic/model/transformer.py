@@ -23,6 +23,7 @@ from moesaic.model.linear import Linear
 from moesaic.model.moe import ExpertLayer
 from moesaic.model.noise import combine
 from moesaic.model.norm import make_norm
+from moesaic.model.paged_kv import PagedBatch
 from moesaic.model.routing_context import RoutingContext
 from moesaic.ops import Choice, Routing, require_known
 from moesaic.ops.native_linear import linear
@@ -60,33 +61,31 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        kv: KVCache | None = None,
+        kv: KVCache | PagedBatch | None = None,
         *,
         routings: list[Routing] | None = None,
         depth_routings: list[Routing] | None = None,
         replay: Sequence[Routing] | None = None,
         noise_keys: Tensor | None = None,
-        logits_to_keep: int | None = None,
+        logits_to_keep: int | Tensor | None = None,
     ) -> Tensor:
         """tokens (B, L) int64 -> logits (B, L, V).
 
         Args:
             positions: (B, L) int64, negative for padding; default: consecutive, after what `kv` holds.
-            kv: keys and values of earlier tokens; the new ones are added. UsageError where routers look ahead.
+            kv: keys and values of earlier tokens; the new ones are added. UsageError where routers look ahead. With a
+                PagedBatch tokens are (1, T), those of several sequences side by side, which do not see each other.
             routings: a list that receives the Routing of each MoE layer, in order.
             depth_routings: a list that receives a Routing of each block that tokens may pass by, in order: its rows are
                 the tokens that the block computes.
             replay: such a list of an earlier pass over as many tokens, whose experts are chosen again and weighed anew.
             noise_keys: (B,) int64, from which routers with noise draw it in training; default: torch's generator.
-            logits_to_keep: compute logits for this many last tokens of each sequence only.
+            logits_to_keep: compute logits for this many last tokens of each row only, or for those numbers (n,).
         """
         implied_positions = positions is None
-        if positions is None:
-            positions = self._consecutive_positions(tokens, kv)
-        elif positions.shape != tokens.shape:
-            raise UsageError(f"positions are {tuple(positions.shape)}, and tokens {tuple(tokens.shape)}")
-        plainly_causal = implied_positions and (kv is None or kv.length == 0)
-        if kv is not None:
+        positions = self._positions(tokens, positions, kv)
+        plainly_causal = implied_positions and (kv is None or (isinstance(kv, KVCache) and kv.length == 0))
+        if isinstance(kv, KVCache):
             self._require_cacheable()
             kv.extend(positions)
         context = make_attention_context(self.config, positions, kv, plainly_causal=plainly_causal)
@@ -113,7 +112,7 @@ class Transformer(nn.Module):
             if depth_routings is not None and routing.depth is not None:
                 depth_routings.append(routing.depth)
         if logits_to_keep is not None:
-            x_BLD = x_BLD[:, -logits_to_keep:]
+            x_BLD = x_BLD[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)]
         return self._logits(self.norm(x_BLD))
 
     @property
@@ -190,11 +189,17 @@ class Transformer(nn.Module):
             )
 
     @staticmethod
-    def _consecutive_positions(tokens: Tensor, kv: KVCache | None) -> Tensor:
+    def _positions(tokens: Tensor, given: Tensor | None, kv: KVCache | PagedBatch | None) -> Tensor:
+        """(B, L): those given, or else consecutive ones, after what `kv` holds."""
+        if isinstance(kv, PagedBatch):
+            kv.require(tokens, positions_are_given=given is not None)
+            return kv.positions
+        if given is not None and given.shape != tokens.shape:
+            raise UsageError(f"positions are {tuple(given.shape)}, and tokens {tuple(tokens.shape)}")
+        if given is not None:
+            return given
         steps_L = torch.arange(tokens.shape[1], device=tokens.device)
-        if kv is None:
-            return steps_L.expand(tokens.shape)
-        return kv.next_positions.unsqueeze(1) + steps_L
+        return steps_L.expand(tokens.shape) if kv is None else kv.next_positions.unsqueeze(1) + steps_L
 
 
 def _checkpointed(

@@ -112,6 +112,17 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free on the device, or that the system would free for us."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 * 2**30  # what a small machine may spare; it is not known
+
+
 def resident_bytes() -> int:
     """Resident set of this process now; where the system does not tell, the largest so far."""
     try:

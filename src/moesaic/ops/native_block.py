@@ -1,9 +1,9 @@
-"""One block of a decoder in one call into C++, for a few tokens and packed weights.
+"""One block of a decoder in one call into C++, for packed weights.
 
-Between the calls of a step the interpreter and torch have to come back into the caches, from which the weights of every
-product push them out; that takes a fifth of a token's time.
+Between the calls of a step of a few tokens the interpreter and torch have to come back into the caches, from which the
+weights of every product push them out; that takes a fifth of a token's time.
 
-B sequences, L new tokens of each, T tokens of them all, D hidden size, E experts, K experts per token.
+T new tokens of all sequences, D hidden size, E experts, K experts per token.
 """
 
 from dataclasses import dataclass
@@ -49,36 +49,41 @@ class BlockStep:
             weight, bias = getattr(self, name)
             object.__setattr__(self, name, (weight, float32(bias)))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (B, L, D) float32 -> (B, L, D); keys and values go into the cache."""
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (1, T, D) float32 -> (1, T, D), and what the router says: logits (T, E), experts (T, K) int64 and weights
+        (T, K). Keys and values go into the cache."""
         x = x.contiguous()
+        num_tokens, top_k = x.shape[1], self.router.top_k
+        routed = (
+            x.new_empty(num_tokens, len(self.router.weight)),
+            torch.empty(num_tokens, top_k, dtype=torch.int64),
+            x.new_empty(num_tokens, top_k),
+        )
         if not isinstance(self.experts, ExpertWeights):
-            return self._with_store(x, self.experts)
+            return self._with_store(x, self.experts, *routed), *routed
         y, experts = torch.empty_like(x), with_float32_biases(self.experts)
+        outputs = tuple(map(address, (y, *routed)))
         status = native().block(
-            self._described(x), described_experts(experts), x.data_ptr(), torch.get_num_threads(), y.data_ptr()
+            self._described(x), described_experts(experts), x.data_ptr(), torch.get_num_threads(), outputs
         )
         raise_for(status, "", native().packed_kernels)
-        return y
+        return y, *routed
 
-    def _with_store(self, x: Tensor, store: ExpertStore) -> Tensor:
+    def _with_store(self, x: Tensor, store: ExpertStore, logits: Tensor, ids: Tensor, weights_TK: Tensor) -> Tensor:
         """In several calls: which experts have to come is known after the first."""
         described_step, threads, kernels = self._described(x), torch.get_num_threads(), native()
-        (num_experts, hidden_size), num_tokens = self.router.weight.shape, x.shape[0] * x.shape[1]
-        num_rows = num_tokens * self.router.top_k
-        y, normed_TD = torch.empty_like(x), x.new_empty(num_tokens, hidden_size)
-        logits_TE, weights_N = x.new_empty(num_tokens, num_experts), x.new_empty(num_rows)
-        expert_ids_N = torch.empty(num_rows, dtype=torch.int64)
-        plan = torch.empty(kernels.plan_size(num_tokens, num_rows, num_experts), dtype=torch.int32)
-        outputs = tuple(map(address, (y, normed_TD, logits_TE, expert_ids_N, weights_N, plan)))
+        (num_experts, hidden_size), num_rows = self.router.weight.shape, ids.numel()
+        y, normed_TD = torch.empty_like(x), x.new_empty(len(ids), hidden_size)
+        plan = torch.empty(kernels.plan_size(len(ids), num_rows, num_experts), dtype=torch.int32)
+        outputs = tuple(map(address, (y, normed_TD, logits, ids, weights_TK, plan)))
         raise_for(kernels.block_route(described_step, x.data_ptr(), threads, outputs), "", kernels.packed_kernels)
 
         rows_ND = x.new_empty(num_rows, hidden_size)
-        with store.chunks(expert_ids_N, normed_TD) as chunks:
+        with store.chunks(ids.flatten(), normed_TD) as chunks:
             for weights in chunks:
                 packed_rows(normed_TD, plan, with_float32_biases(weights), rows_ND)
         status = kernels.block_finish(
-            described_step, *map(address, (plan, rows_ND, weights_N)), threads, address(normed_TD), y.data_ptr()
+            described_step, *map(address, (plan, rows_ND, weights_TK)), threads, address(normed_TD), y.data_ptr()
         )
         raise_for(status, "", kernels.packed_kernels)
         return y
@@ -88,7 +93,7 @@ class BlockStep:
         return (
             (address(self.attention_norm), address(self.feed_forward_norm), self.norm_eps, self.residual),
             tuple(_described_linear(*each) for each in (self.query, self.key, self.value, self.output)),
-            self.attention.described(*x.shape[:2]),
+            self.attention.described(x.shape[1]),
             self.router.described(),
         )
 

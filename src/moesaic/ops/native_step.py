@@ -2,7 +2,7 @@
 
 For inference in float32 on the CPU; `serves` says whether a tensor is such, and whoever asks falls back to torch.
 
-T tokens, B sequences, L new tokens of each, S tokens attended to, H query heads, G key-value heads, d head dim,
+T tokens, side by side of B sequences, M blocks of the longest, H query heads, G key-value heads, d head dim,
 D hidden size, E experts, K experts per token.
 """
 
@@ -19,6 +19,8 @@ from moesaic.ops.native_call import address, float32, is_plain_call, is_plain_te
 FEW_TOKENS = 16
 """Up to so many tokens the calls cost more than the work."""
 
+BLOCK_TOKENS = 32
+"""Keys and values lie in blocks of so many tokens; as in csrc/step.h."""
 QK_NORMS = {"none": 0, "head": 1, "width": 2}
 """Norms of queries and keys that `attend` knows; names of `ModelConfig.qk_norm`."""
 _SCORES = {"softmax": 0, "sigmoid": 1}
@@ -77,17 +79,23 @@ class Heads:
 
 @dataclass(frozen=True)
 class AttentionStep:
-    """What new queries, keys and values meet in a layer. The cache and the mask are contiguous."""
+    """What the new queries, keys and values of some sequences meet in a layer; see csrc/step.h."""
 
     heads: Heads
     keys: Tensor
-    """The cache (B, G, capacity, d); rows num_keys - L to num_keys - 1 will be written."""
+    """(blocks, G, d, BLOCK_TOKENS): the new ones will be written."""
     values: Tensor
-    num_keys: int
-    mask: Tensor
-    """(B or 1, 1, L, S) bool, S = num_keys, True where a query sees a key; at least one in every row."""
-    rotary: tuple[Tensor, Tensor] | None
-    """cos and sin, each (B, 1, L, r)."""
+    """(blocks, G, BLOCK_TOKENS, d)."""
+    first_tokens: Tensor
+    """(B + 1,) int64: where each sequence's new tokens begin, and T."""
+    num_keys: Tensor
+    """(B,) int64: tokens of each sequence, the new ones, its last, included."""
+    block_tables: Tensor
+    """(B, M) int64: the blocks of each sequence."""
+    first_keys: Tensor | None = None
+    """(T,) int64: the first token of its sequence that a token sees; None: the very first."""
+    rotary: tuple[Tensor, Tensor] | None = None
+    """cos and sin, each (1, 1, T, r)."""
     norms: tuple[Tensor, Tensor] | None = None
     """Weights of the norms of queries and keys, (d,) or (H d,) and (G d,)."""
     sinks: Tensor | None = None
@@ -100,42 +108,43 @@ class AttentionStep:
                 object.__setattr__(self, name, tuple(map(float32, pair)))
         object.__setattr__(self, "sinks", float32(self.sinks))
 
-    def described(self, batch: int, length: int) -> tuple[object, ...]:
+    def described(self, num_tokens: int) -> tuple[object, ...]:
         """As csrc/step_bindings.cpp reads it."""
         heads, (cos, sin), norms = self.heads, self.rotary or (None, None), self.norms or (None, None)
-        self._require(batch, length, cos)
-        sizes = (batch, length, self.num_keys, heads.num_heads, heads.num_key_value_heads, heads.head_dim)
+        self._require(num_tokens, cos)
+        tables = (self.first_tokens, self.num_keys, self.block_tables)
         return (
-            sizes,
+            (num_tokens, len(self.num_keys), heads.num_heads, heads.num_key_value_heads, heads.head_dim),
             (QK_NORMS[heads.qk_norm], heads.norm_eps, *map(address, norms)),
             (0 if cos is None else cos.shape[-1], int(heads.interleaved), address(cos), address(sin)),
-            (self.keys.shape[2], self.keys.data_ptr(), self.values.data_ptr()),
-            (self.mask.data_ptr(), 0 if self.mask.shape[0] == 1 else length * self.num_keys),
+            (*map(address, tables), self.block_tables.shape[1], address(self.first_keys)),
+            (self.keys.data_ptr(), self.values.data_ptr()),
             address(self.sinks),
             heads.scale,
         )
 
-    def _require(self, batch: int, length: int, cos: Tensor | None) -> None:
-        """That what torch would broadcast, or refuse, is not read beyond its end."""
-        rows = {self.keys.shape[0], self.values.shape[0], batch}
-        angles = (batch, length) if cos is None else (cos.shape[0], cos.shape[2])
-        masks, capacity = self.mask.shape[0], self.keys.shape[2]
-        if len(rows) > 1 or angles != (batch, length) or masks not in (1, batch) or self.num_keys > capacity:
+    def _require(self, num_tokens: int, cos: Tensor | None) -> None:
+        """That what torch would broadcast, or refuse, is not read beyond its end; what the tables say of the sequences
+        whoever made them has checked."""
+        angles = num_tokens if cos is None else cos.shape[2]
+        seen = num_tokens if self.first_keys is None else len(self.first_keys)
+        sequences = {len(self.num_keys), len(self.block_tables), len(self.first_tokens) - 1}
+        if {angles, seen} != {num_tokens} or len(sequences) > 1:
             raise UsageError(
-                f"{batch} sequences of {length} new tokens and {self.num_keys} in all do not fit a cache of "
-                f"{self.keys.shape[0]} x {capacity}, {masks} masks and angles for {angles[0]} x {angles[1]} tokens"
+                f"{num_tokens} new tokens, angles for {angles}, windows for {seen} and tables of "
+                f"{', '.join(map(str, sorted(sequences)))} sequences do not fit together"
             )
 
 
 def attend(step: AttentionStep, query: Tensor, key: Tensor, value: Tensor, *, instruction_set: str = "") -> Tensor:
-    """Normalise and turn new queries and keys, put keys and values into the cache, attend to all that it holds.
+    """Normalise and turn new queries and keys, put keys and values into their blocks, attend to each sequence's own.
 
-    query, key, value: (B, L, H d), (B, L, G d), (B, L, G d), as projected -> (B, L, H d).
+    query, key, value: (1, T, H d), (1, T, G d), (1, T, G d), as projected -> (1, T, H d).
     """
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     y = torch.empty_like(query)
     status = native().attend(
-        step.described(*query.shape[:2]),
+        step.described(query.shape[1]),
         (query.data_ptr(), key.data_ptr(), value.data_ptr()),
         torch.get_num_threads(),
         instruction_set,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moesaic.accounting import kv_bytes_per_token
 from moesaic.config import ModelConfig
+from moesaic.model.paged_kv import kv_dtype
 from moesaic.model.transformer import Transformer
 from moesaic.ops import ExpertWeights
 from moesaic.residency.expert_cache import CacheStatistics, ExpertCache
@@ -30,10 +31,12 @@ class Room:
     """That are computed at the same time, at most."""
     logits: int
     """Rows of logits that a pass makes."""
+    context: int
+    """Tokens whose keys and values a pass spreads over all heads."""
 
-    def only_decodes(self) -> None:
-        """From now on one token at a time: the rest of its memory is for experts."""
-        self.pass_tokens = 1
+    def resize(self, pass_tokens: int) -> None:
+        """From now on so many tokens at a time: the rest of its memory is for experts."""
+        self.pass_tokens = pass_tokens
         self.residency.plan_anew()
 
 
@@ -42,11 +45,15 @@ class Residency:
 
     def __init__(self, plan: MemoryPlan, cache: ExpertCache, config: ModelConfig, dtype: torch.dtype) -> None:
         self.plan, self.cache = plan, cache
-        self._config, self._dtype = config, str(dtype).removeprefix("torch.")
+        self._config, self._dtype = config, str(kv_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
         self._fixed = {name: nbytes for name, nbytes in plan.parts.items() if name != ACTIVATIONS}
         self._rooms: list[Room] = []
         self._pass_tokens = PREFILL_TOKENS
         """That there are activations for."""
+
+    @property
+    def bytes_for_experts(self) -> int:
+        return self.plan.slots * self.plan.slot_bytes
 
     @property
     def statistics(self) -> CacheStatistics:
@@ -54,12 +61,19 @@ class Residency:
         return sum(self.cache.statistics, CacheStatistics())
 
     @contextmanager
-    def room(self, *, cached_tokens: int = 0, pass_tokens: int = PREFILL_TOKENS, logits: int = 1) -> Iterator[Room]:
+    def room(
+        self,
+        *,
+        cached_tokens: int = 0,
+        pass_tokens: int = PREFILL_TOKENS,
+        logits: int = 1,
+        context: int | None = None,
+    ) -> Iterator[Room]:
         """Within it there is room for this beside the experts, of which fewer may be in memory. Several may be open.
 
         Raises UsageError, with the numbers, where there is not so much room.
         """
-        room = Room(self, cached_tokens, pass_tokens, logits)
+        room = Room(self, cached_tokens, pass_tokens, logits, cached_tokens if context is None else context)
         self._rooms.append(room)
         try:
             self.plan_anew()
@@ -70,12 +84,12 @@ class Residency:
 
     def plan_anew(self) -> None:
         """As all rooms that are open have it; without any, nothing is computed."""
-        self._plan_for(self._rooms or [Room(self, 0, 1, 1)])
+        self._plan_for(self._rooms or [Room(self, 0, 1, 1, 0)])
 
     def make_way(self, tokens: int) -> None:
         """For a pass over so many tokens, whether or not somebody made a room for it."""
         if tokens > self._pass_tokens:
-            self._plan_for([*self._rooms, Room(self, 0, tokens, 1)])
+            self._plan_for([*self._rooms, Room(self, 0, tokens, 1, 0)])
 
     def _plan_for(self, rooms: Sequence[Room]) -> None:
         cached = sum(room.cached_tokens for room in rooms)
@@ -88,7 +102,7 @@ class Residency:
         self.cache.resize(self.plan.slots)
 
     def _activation_bytes(self, room: Room) -> int:
-        return activation_bytes(self._config, room.pass_tokens, room.logits, room.cached_tokens)
+        return activation_bytes(self._config, room.pass_tokens, room.logits, room.context)
 
 
 @dataclass(frozen=True)

@@ -98,13 +98,14 @@ class ScoreTopKRouter(TopKRouter):
         self.group_score = moe.group_score
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
-        return self._route_natively(x) if self.native_serves(x, context) else super().forward(x, context)
+        if self.native_serves(x, context):
+            return self.routing_of(*native_step.route(self.step(), x))
+        return super().forward(x, context)
 
     def native_serves(self, x: Tensor, context: RoutingContext) -> bool:
-        """Whether one operator may route: few tokens, and nothing unusual."""
+        """Whether one operator may route: there is nothing unusual."""
         return (
-            len(x) <= native_step.FEW_TOKENS
-            and native_step.serves(x)
+            native_step.serves(x)
             and not self.training
             and context.mask is None
             and context.replay is None
@@ -127,14 +128,14 @@ class ScoreTopKRouter(TopKRouter):
             selection_bias=self.expert_bias,
         )
 
-    def _route_natively(self, x: Tensor) -> Routing:
-        logits_TE, ids_TK, weights_TK = native_step.route(self.step(), x)
-        choice = Choice.of_topk(ids_TK)
+    def routing_of(self, logits: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Routing:
+        """What that operator gave: (T, E), (T, K) and (T, K)."""
+        choice = Choice.of_topk(topk_ids)
         return Routing(
             token_ids=choice.token_ids,
             expert_ids=choice.expert_ids,
-            weights=weights_TK.flatten(),
-            logits=logits_TE,
+            weights=topk_weights.flatten(),
+            logits=logits,
             num_experts=self.num_experts,
             top_k=self.top_k,
         )

@@ -1,0 +1,222 @@
+"""`moesaic serve`: a model over HTTP, as OpenAI's API."""
+
+import asyncio
+import ipaddress
+import logging
+import os
+import socket
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from moesaic.cli.options import ModelOptions
+from moesaic.config import EngineConfig
+from moesaic.errors import MoesaicError, UsageError
+
+if TYPE_CHECKING:
+    from moesaic.engine.service import EngineService
+
+KEY_VARIABLE = "MOESAIC_API_KEY"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How many texts are generated side by side, and with how much memory."""
+
+    max_sequences: int = EngineConfig.max_sequences
+    "Texts that are computed in the same step, at most."
+    step_tokens: int = EngineConfig.step_tokens
+    "Tokens of a step, at most; longer prompts come in pieces."
+    kv_memory: str = EngineConfig.kv_memory
+    "Of keys and values, such as 1GiB; auto takes what is needed, and at most a quarter of what is left."
+    max_model_tokens: int = EngineConfig.max_model_tokens
+    "Prompt and answer together, at most."
+    prefix_cache: bool = EngineConfig.prefix_cache
+    "Keep keys and values of finished texts, for others that begin alike."
+    max_waiting: int = EngineConfig.max_waiting
+    "Requests that wait for their turn; more are refused at once."
+    max_waiting_tokens: int = EngineConfig.max_waiting_tokens
+    "The same, counted in tokens of their prompts."
+    prompt_lookup: int = EngineConfig.prompt_lookup
+    "Guess so many next tokens from what followed the same words before, while that is faster; 0 means never."
+    expert_bytes: str = EngineConfig.expert_bytes
+    "With experts on disk: texts advance together only as far as their step reads about so much, such as 256MiB."
+
+    def to_config(self) -> EngineConfig:
+        return EngineConfig(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+
+_MODEL, _ENGINE = ModelOptions(), EngineOptions()
+
+
+def serve(
+    model: str,
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    served_model_name: str | None = None,
+    request_timeout: float = 600.0,
+    drain_timeout: float = 30.0,
+    loading: ModelOptions = _MODEL,
+    engine: EngineOptions = _ENGINE,
+) -> None:
+    """Serve MODEL over HTTP: OpenAI's API under /v1, and a page at / that shows the experts at work.
+
+    Ctrl-C or SIGTERM: nothing new is taken, what was begun is finished, and the exit status is 0.
+
+    Parameters
+    ----------
+    model
+        A run directory, a Hugging Face directory, or a hub id.
+    host
+        The address to listen at; 0.0.0.0 lets others in, who should need a key.
+    port
+        0 takes a free one.
+    api_key
+        A key that clients have to show; may be given several times. MOESAIC_API_KEY in the environment is one too, and
+        does not show in the list of processes.
+    served_model_name
+        What clients call the model; otherwise the last part of MODEL.
+    request_timeout
+        Seconds that an answer may take.
+    drain_timeout
+        Seconds for what was begun before the end.
+    """
+    _require_extra()
+    keys = _keys(api_key)
+    config = engine.to_config()
+    for name, seconds in (("request-timeout", request_timeout), ("drain-timeout", drain_timeout)):
+        if not 0 < seconds < 10**7:
+            raise UsageError(f"--{name} is {seconds:g}; it must be a number of seconds above 0")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    listener = _listen(host, port)
+    if not keys and not _is_loopback(host):
+        print(
+            f"warning: anybody who reaches {host} may use this server; give it a key: --api-key KEY, or {KEY_VARIABLE}",
+            file=sys.stderr,
+        )
+
+    transformer, tokenizer = loading.load(model)
+
+    from moesaic.engine.engine import Engine
+    from moesaic.engine.service import EngineService
+
+    service = EngineService(Engine(transformer, tokenizer, config))
+    name = served_model_name or Path(model.rstrip("/")).name or model
+    _run(service, listener, name, keys, request_timeout, drain_timeout)
+
+
+def _run(
+    service: "EngineService",
+    listener: socket.socket,
+    name: str,
+    keys: tuple[str, ...],
+    request_timeout: float,
+    drain_timeout: float,
+) -> None:
+    import uvicorn
+
+    from moesaic.server.app import create_app
+
+    sys.setswitchinterval(5e-4)  # who waits for the engine's thread to let go of Python waits so long, and not 5 ms
+
+    class Server(uvicorn.Server):
+        """At a signal requests are refused, not connections: clients and load balancers are told to go elsewhere
+        while what was begun is finished. A second signal ends that."""
+
+        draining: asyncio.Task[None] | None = None
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            asyncio.get_running_loop().call_soon_threadsafe(self._stop)
+
+        def _stop(self) -> None:
+            if self.draining is not None:
+                print("stopped, without finishing what was begun", file=sys.stderr, flush=True)
+                os._exit(1)  # a server has nothing to save
+            self.draining = asyncio.create_task(self._drain())
+
+        async def _drain(self) -> None:
+            try:
+                await service.drain(drain_timeout)
+            finally:
+                self.should_exit = True
+
+    async def main() -> None:
+        app = create_app(service, model_name=name, api_keys=keys, request_seconds=request_timeout)
+        server = Server(uvicorn.Config(app, **_uvicorn_settings(drain_timeout)))
+        host, port = listener.getsockname()[:2]
+        print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
+        await server.serve(sockets=[listener])
+        if not server.started:
+            raise MoesaicError("the server did not start; its log says why")
+
+    asyncio.run(main())
+
+
+def _uvicorn_settings(drain_timeout: float) -> dict[str, Any]:
+    return {
+        "http": "h11",
+        "loop": "asyncio",
+        "ws": "none",
+        "lifespan": "on",
+        "log_config": None,
+        "log_level": "warning",
+        "access_log": False,
+        "server_header": False,
+        "proxy_headers": False,
+        "timeout_graceful_shutdown": max(1, round(drain_timeout)),
+    }
+
+
+def _require_extra() -> None:
+    try:
+        import fastapi
+        import prometheus_client
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"serving needs {error.name}; install it: pip install 'moesaic[serve]'") from None
+    del fastapi, prometheus_client
+
+
+def _keys(given: tuple[str, ...]) -> tuple[str, ...]:
+    keys = (*given, *filter(None, [os.environ.get(KEY_VARIABLE, "")]))
+    if not all(key.strip() == key and key for key in keys):
+        raise UsageError("an API key is empty, or has spaces around it; give another one")
+    return keys
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Before the model is loaded: a port that is taken should be told at once."""
+    if not 0 <= port < 2**16:
+        raise UsageError(f"--port is {port}; it must lie between 0 and {2**16 - 1}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror as error:
+        raise UsageError(f"--host {host} is not an address of this machine: {error.strerror}") from None
+    listener = socket.socket(family, kind, protocol)
+    if os.name == "posix":
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)  # uvicorn listens, once the model is there: until then connections are refused
+    except OSError as error:
+        listener.close()
+        raise MoesaicError(
+            f"cannot listen at {host}:{port}: {error.strerror}; stop what is there, or choose another --port"
+        ) from None
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
