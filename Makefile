@@ -14,11 +14,12 @@ CODE := $(wildcard src tests benchmarks examples)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check clean
+.PHONY: help demo test clients check clean
 
 help:
 	@echo 'make demo    train a sparse model and its dense twin, compare them, talk to the sparse one (ARGS="--minutes 2")'
 	@echo 'make test    run the tests (ARGS="-k router")'
+	@echo "make clients run the tests with other people's programs: lm-evaluation-harness, langchain"
 	@echo 'make check   format, lint, types, floors'
 	@echo 'make clean   delete .venv, build output and caches; runs/ stays'
 
@@ -27,6 +28,10 @@ demo: .venv/.run
 
 test: .venv/.dev
 	@$(BIN)/python -m pytest --quiet --numprocesses logical --maxprocesses 4 $(ARGS)
+
+clients: .venv/.dev
+	@$(PIP) --editable '.[clients]'
+	@$(BIN)/python -m pytest --quiet tests/server/test_clients.py tests/server/test_lm_eval.py tests/server/test_node.py $(ARGS)
 
 check: .venv/.dev
 	@$(BIN)/ruff format --check --quiet $(CODE)

@@ -73,17 +73,20 @@ def check_server(command: list[str], folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
-        started = next(line for line in server.stderr if line.startswith("serving "))
-        url = started.split()[-1]
-        asked = urllib.request.Request(
-            address.replace("http://127.0.0.1:8000", url), body.encode(), {"Content-Type": "application/json"}
-        )
-        answer = json.load(urllib.request.urlopen(asked, timeout=60))
-        assert answer["choices"][0]["text"]
-        assert b"<title>" in urllib.request.urlopen(url, timeout=60).read()
-        server.send_signal(signal.SIGTERM)
-        server.stderr.read()
-        assert server.wait(60) == 0
+        try:
+            started = next(line for line in server.stderr if line.startswith("serving "))
+            url = started.split()[-1]
+            asked = urllib.request.Request(
+                address.replace("http://127.0.0.1:8000", url), body.encode(), {"Content-Type": "application/json"}
+            )
+            answer = json.load(urllib.request.urlopen(asked, timeout=60))
+            assert answer["choices"][0]["text"]
+            assert b"<title>" in urllib.request.urlopen(url, timeout=60).read()
+            server.send_signal(signal.SIGTERM)
+            server.stderr.read()
+            assert server.wait(60) == 0
+        finally:
+            server.kill()
 
 
 def check_python(folder: Path) -> None:

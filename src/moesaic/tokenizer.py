@@ -183,6 +183,10 @@ class Tokenizer:
             raise UsageError(f"the tokenizer has no token {token_id}; it has ids below {self.vocab_size}")
         return name
 
+    def id_of(self, name: str) -> int | None:
+        """Of the token that is called so; None where there is none."""
+        return self._vocabulary.get(name)
+
     @functools.cached_property
     def _is_bytes(self) -> bool:
         """Whether id b is byte b for all 256 of them, with nothing to merge: then encoding needs no library."""

@@ -368,7 +368,7 @@ def test_texts_side_by_side_are_those_of_the_model_in_memory(
         )
         for _ in range(8)
     ]
-    config = EngineConfig(step_tokens=48, max_model_tokens=256, expert_bytes=expert_bytes)
+    config = EngineConfig(step_tokens=48, max_model_tokens=256, kv_memory="1MiB", expert_bytes=expert_bytes)
     texts = []
     for model in (in_memory, on_disk):
         engine = Engine(model, byte_tokenizer(), config)

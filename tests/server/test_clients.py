@@ -173,7 +173,7 @@ def test_errors_become_the_clients_own(tools_server: Running, client: OpenAI) ->
 
 @pytest.mark.skipif(importlib.util.find_spec("langchain_openai") is None, reason="needs moesaic[clients]")
 def test_langchain(tools_server: Running) -> None:
-    from langchain_openai import ChatOpenAI
+    from langchain_openai import ChatOpenAI  # pyright: ignore[reportMissingImports]
 
     options: Any = {"base_url": f"{tools_server.url}/v1", "api_key": KEY, "model": NAME, "max_retries": 0}
     model = ChatOpenAI(**options, temperature=0, max_completion_tokens=20)

@@ -18,6 +18,8 @@ from moesaic.config import EngineConfig
 from moesaic.errors import MoesaicError, UsageError
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from moesaic.engine.service import EngineService
 
 KEY_VARIABLE = "MOESAIC_API_KEY"
@@ -103,27 +105,20 @@ def serve(
             file=sys.stderr,
         )
 
-    transformer, tokenizer = loading.load(model)
-
+    # Before the model, so that a budget of memory counts what they take.
     from moesaic.engine.engine import Engine
     from moesaic.engine.service import EngineService
+    from moesaic.server.app import create_app
 
+    transformer, tokenizer = loading.load(model)
     service = EngineService(Engine(transformer, tokenizer, config))
     name = served_model_name or Path(model.rstrip("/")).name or model
-    _run(service, listener, name, keys, request_timeout, drain_timeout)
+    app = create_app(service, model_name=name, api_keys=keys, request_seconds=request_timeout)
+    _run(app, service, listener, name, drain_timeout)
 
 
-def _run(
-    service: "EngineService",
-    listener: socket.socket,
-    name: str,
-    keys: tuple[str, ...],
-    request_timeout: float,
-    drain_timeout: float,
-) -> None:
+def _run(app: "FastAPI", service: "EngineService", listener: socket.socket, name: str, drain_timeout: float) -> None:
     import uvicorn
-
-    from moesaic.server.app import create_app
 
     sys.setswitchinterval(5e-4)  # who waits for the engine's thread to let go of Python waits so long, and not 5 ms
 
@@ -132,6 +127,13 @@ def _run(
         while what was begun is finished. A second signal ends that."""
 
         draining: asyncio.Task[None] | None = None
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                host, port = listener.getsockname()[:2]
+                address = f"[{host}]" if ":" in host else host
+                print(f"serving {name} at http://{address}:{port}", file=sys.stderr, flush=True)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             asyncio.get_running_loop().call_soon_threadsafe(self._stop)
@@ -149,10 +151,7 @@ def _run(
                 self.should_exit = True
 
     async def main() -> None:
-        app = create_app(service, model_name=name, api_keys=keys, request_seconds=request_timeout)
         server = Server(uvicorn.Config(app, **_uvicorn_settings(drain_timeout)))
-        host, port = listener.getsockname()[:2]
-        print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
         await server.serve(sockets=[listener])
         if not server.started:
             raise MoesaicError("the server did not start; its log says why")

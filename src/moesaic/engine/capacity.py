@@ -16,6 +16,8 @@ from moesaic.residency.memory_plan import parse_bytes, shown
 from moesaic.residency.residency import PREFILL_TOKENS, Room, residency_of
 
 _PART_OF_MEMORY = 4
+_LEAST_TOKENS = 1024
+"""Of keys and values: with less there is not much to serve."""
 _CALM_STEPS = 8
 """After so many steps without a prompt its memory goes to experts."""
 
@@ -31,8 +33,9 @@ def blocks_for(model: Transformer, config: EngineConfig) -> int:
     wanted = config.max_sequences * -(-longest // BLOCK_TOKENS)
     if config.kv_memory == "auto":
         residency = residency_of(model)
-        left = available_bytes(weight.device) if residency is None else residency.bytes_for_experts
-        return max(min(wanted, left // _PART_OF_MEMORY // block_bytes), 1)
+        left = available_bytes(weight.device) if residency is None else residency.bytes_left
+        least = -(-min(longest, _LEAST_TOKENS) // BLOCK_TOKENS)
+        return max(min(wanted, left // _PART_OF_MEMORY // block_bytes), least)
     blocks = parse_bytes(config.kv_memory) // block_bytes
     if blocks < 1:
         raise UsageError(

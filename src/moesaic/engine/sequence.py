@@ -34,7 +34,10 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.sampler = Sampler(request.sampling, request.prompt_ids, eos_ids)
         self.lookup: PromptLookup | None = None
-        self._text = TextAssembly(tokenizer, request.sampling.stop, request.visible_ids)
+        stops = request.sampling.stop
+        # Special tokens are no text, but programs name them as stop strings.
+        named = [token_id for token_id in map(tokenizer.id_of, stops) if token_id is not None]
+        self._text = TextAssembly(tokenizer, stops, {*request.visible_ids, *named})
         self._eos_ids = frozenset() if request.sampling.ignore_eos else frozenset(eos_ids)
         self._most_tokens = most_tokens
         self._delta = _Gathered()
@@ -100,7 +103,10 @@ class Sequence:
         """What came since the last call; None for nothing."""
         prompt = None
         if self._delta.tokens or self.finish_reason:
-            self._delta.text += self._text.flush() if self.finish_reason else ""
+            if self.finish_reason:
+                self._delta.text += self._text.flush()
+                if self._text.stopped:  # by what was held back
+                    self.finish_reason = "stop"
             if not self._told_prompt:
                 prompt, self._told_prompt = self._report(), True
         gathered, self._delta = self._delta, _Gathered()

@@ -52,8 +52,9 @@ class Residency:
         """That there are activations for."""
 
     @property
-    def bytes_for_experts(self) -> int:
-        return self.plan.slots * self.plan.slot_bytes
+    def bytes_left(self) -> int:
+        """For experts, and for keys and values that nobody has asked for yet."""
+        return self.plan.budget - sum(self.plan.parts.values())
 
     @property
     def statistics(self) -> CacheStatistics:

@@ -110,4 +110,5 @@ class Context:
 
     def close(self) -> None:
         self.texts.close()
+        self.templates.close()
         self.grammars.close()
