@@ -183,9 +183,10 @@ class Tokenizer:
             raise UsageError(f"the tokenizer has no token {token_id}; it has ids below {self.vocab_size}")
         return name
 
-    def id_of(self, name: str) -> int | None:
-        """Of the token that is called so; None where there is none."""
-        return self._vocabulary.get(name)
+    def special_id(self, name: str) -> int | None:
+        """Of the special token that is called so; None where there is none."""
+        added = self._structure.get("added_tokens", [])
+        return next((token["id"] for token in added if token["special"] and token["content"] == name), None)
 
     @functools.cached_property
     def _is_bytes(self) -> bool:

@@ -229,5 +229,48 @@ def test_a_text_that_makes_the_engine_fail_fails_alone(monkeypatch: pytest.Monke
     results = list(run(engine, [*harmless, greedy([3, 1])]).values())
     assert [deltas[-1].finish_reason for deltas in results] == ["length", "length", "length", "error"]
     assert isinstance(results[3][-1].error, MoesaicError)
-    assert "RuntimeError: no threes" in str(results[3][-1].error)
+    assert "failed on this text with RuntimeError" in str(results[3][-1].error)
     assert engine.statistics().kv_blocks_used == 0
+
+
+def test_guesses_starve_nobody_and_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesaic.engine.engine.DraftJudge.wanted", lambda *_: True)
+    model = make_model()
+    few = EngineConfig(max_sequences=2, step_tokens=8, prompt_lookup=8)
+    request = greedy([1, 2, 3, 4] * 8, max_tokens=30)
+    ((_, deltas),) = run(Engine(model, TOKENIZER, few), [request], most_steps=100).items()
+    assert ids_of(deltas) == alone(model, request)
+    engine = Engine(model, TOKENIZER, EngineConfig(max_sequences=4, step_tokens=12, prompt_lookup=7))
+    handles = [engine.submit(greedy([number, 7] * 5, max_tokens=200)) for number in range(4)]
+    told = [{handle for handle, delta in engine.step() if delta.tokens} for _ in range(40)]
+    assert all(step == set(handles) for step in told[8:])
+
+
+def test_guesses_preemption_and_scoring_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesaic.engine.engine.DraftJudge.wanted", lambda *_: True)
+    model = make_model()
+    for _ in range(12):
+        blocks = random.randint(10, 14)
+        config = EngineConfig(
+            step_tokens=random.randint(40, 200), prompt_lookup=random.randint(4, 32), prefix_cache=False,
+            kv_memory=str(blocks * 3 * 2 * 2 * 16 * BLOCK * 4), max_model_tokens=320,
+        )  # fmt: skip
+        requests = [
+            greedy(random_ids(random.randint(150, 290)), max_tokens=5, prompt_logprobs=1),
+            *(greedy(random_ids(3) * random.randint(1, 20), max_tokens=random.randint(5, 60)) for _ in range(4)),
+        ]
+        engine = Engine(model, TOKENIZER, config)
+        results = list(run(engine, requests).values())
+        assert [ids_of(deltas) for deltas in results] == [alone(model, request) for request in requests]
+        assert all(sum(delta.finish_reason is not None for delta in deltas) == 1 for deltas in results)
+        assert engine.statistics().finished == {"length": len(requests)}
+        assert engine.statistics().kv_blocks_used == 0
+
+
+def test_a_stop_string_that_is_no_special_token_is_text() -> None:
+    model, prompt = make_model(), random_ids(9)
+    sampling = SamplingConfig(max_tokens=20, temperature=0, ignore_eos=True, stop=("é", TOKENIZER.name_of(0xE9)))
+    (deltas,) = run(Engine(model, TOKENIZER), [Request(prompt_ids=prompt, sampling=sampling)]).values()
+    text = TOKENIZER.decode(alone(model, greedy(prompt, max_tokens=20)))
+    cut = min((text.index(stop) for stop in sampling.stop if stop in text), default=len(text))
+    assert "".join(delta.text for delta in deltas) == text[:cut]

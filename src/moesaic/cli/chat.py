@@ -34,7 +34,9 @@ def chat(model: str, /, *, loading: ModelOptions = _MODEL, sampling: SamplingOpt
     transformer, tokenizer = loading.load(model)
     require_causal(transformer, config)
     # It knows the conversation so far, of which only what is new is computed.
-    engine = Engine(transformer, tokenizer, EngineConfig(max_sequences=1)) if is_servable(transformer) else None
+    longest = transformer.config.max_position_embeddings
+    options = EngineConfig(max_sequences=1, max_model_tokens=longest)
+    engine = Engine(transformer, tokenizer, options) if is_servable(transformer) else None
     generation = Generation(prompt_tokens=0)
     console = Console()
     if not tokenizer.has_chat_template:

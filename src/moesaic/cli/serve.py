@@ -71,7 +71,8 @@ def serve(
 ) -> None:
     """Serve MODEL over HTTP: OpenAI's API under /v1, and a page at / that shows the experts at work.
 
-    Ctrl-C or SIGTERM: nothing new is taken, what was begun is finished, and the exit status is 0.
+    Ctrl-C or SIGTERM: nothing new is taken, what was begun is finished, for at most
+    --drain-timeout seconds, and the exit status is 0.
 
     Parameters
     ----------
@@ -151,7 +152,7 @@ def _run(app: "FastAPI", service: "EngineService", listener: socket.socket, name
                 self.should_exit = True
 
     async def main() -> None:
-        server = Server(uvicorn.Config(app, **_uvicorn_settings(drain_timeout)))
+        server = Server(uvicorn.Config(app, **_uvicorn_settings()))
         await server.serve(sockets=[listener])
         if not server.started:
             raise MoesaicError("the server did not start; its log says why")
@@ -159,7 +160,7 @@ def _run(app: "FastAPI", service: "EngineService", listener: socket.socket, name
     asyncio.run(main())
 
 
-def _uvicorn_settings(drain_timeout: float) -> dict[str, Any]:
+def _uvicorn_settings() -> dict[str, Any]:
     return {
         "http": "h11",
         "loop": "asyncio",
@@ -170,7 +171,7 @@ def _uvicorn_settings(drain_timeout: float) -> dict[str, Any]:
         "access_log": False,
         "server_header": False,
         "proxy_headers": False,
-        "timeout_graceful_shutdown": max(1, round(drain_timeout)),
+        "timeout_graceful_shutdown": 2,  # what was begun has been waited for already
     }
 
 

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from moesaic.config import EngineConfig
 from moesaic.engine.scheduler import PROMPT_ROWS
 from moesaic.errors import UsageError
 from moesaic.model.paged_kv import PagedKV, kv_block_bytes
 from moesaic.model.transformer import Transformer
 from moesaic.ops.device import available_bytes
+from moesaic.ops.instruction_set import native_module
 from moesaic.ops.native_step import BLOCK_TOKENS
 from moesaic.residency.memory_plan import parse_bytes, shown
 from moesaic.residency.residency import PREFILL_TOKENS, Room, residency_of
@@ -55,12 +54,12 @@ class StepRoom:
         self._residency = residency_of(model)
         self._written = config.max_sequences * (1 + config.prompt_lookup)
         self._read = min(config.step_tokens, PREFILL_TOKENS)
-        attends_in_place = kv.keys.dtype == torch.float32 and model.config.mla is None
+        attends_in_place = native_module() is not None and model.config.mla is None
         self._sizes = {
             "cached_tokens": kv.num_blocks * BLOCK_TOKENS,
             "pass_tokens": self._read,
-            "logits": max(self._written, PROMPT_ROWS),
-            "context": 0 if attends_in_place else config.max_model_tokens,
+            "logits": self._written + PROMPT_ROWS,
+            "context": 0 if attends_in_place else min(config.max_model_tokens, model.config.max_position_embeddings),
         }
         self._calm_steps = 0
         self._room: Room | None = None

@@ -3,6 +3,7 @@
 T tokens of a step side by side, R rows of logits, V vocabulary, K experts per token.
 """
 
+import logging
 import time
 from collections import deque
 from contextlib import ExitStack
@@ -29,6 +30,10 @@ from moesaic.ops import Routing
 from moesaic.ops.native_step import BLOCK_TOKENS
 from moesaic.residency.residency import PREFILL_TOKENS, residency_of
 from moesaic.tokenizer import Tokenizer
+
+_LOG = logging.getLogger(__name__)
+_MOST_FAILED_PASSES = 8
+"""After so many in a row it is not the texts that are at fault."""
 
 
 class Engine:
@@ -64,6 +69,8 @@ class Engine:
         self._handles, self._lock = count(1), Lock()
         self._arrived: deque[Sequence] = deque()
         self._unwanted: set[int] = set()
+        self._failed_passes = 0
+        """For reasons that nobody foresaw, since the last one that did not."""
 
     def submit(self, request: Request) -> int:
         """Puts it into the queue; its handle, by which `step` tells what comes of it.
@@ -188,9 +195,13 @@ class Engine:
         except Exception as error:
             if len(shares) > 1:
                 return [delta for share in shares for delta in self._run([share])]
+            self._failed_passes += not isinstance(error, MoesaicError)
+            if self._failed_passes >= _MOST_FAILED_PASSES:
+                raise
             sequence = shares[0].sequence
             self._finish(sequence, "error")
             return [(sequence.handle, sequence.failure(_as_moesaic_error(error)))]
+        self._failed_passes = 0
         greedy = self._greedy(shares, logits_RV)
         deltas, row, token = [], 0, 0
         for share in shares:
@@ -301,9 +312,11 @@ def _stretches(model: Transformer) -> bool:
 
 
 def _as_moesaic_error(error: Exception) -> MoesaicError:
+    """What a client may read: of what nobody foresaw the log has more."""
     if isinstance(error, MoesaicError):
         return error
-    return MoesaicError(f"the engine failed on this text: {type(error).__name__}: {error}")
+    _LOG.error("a text failed", exc_info=error)
+    return MoesaicError(f"the engine failed on this text with {type(error).__name__}; the log says why")
 
 
 def end_ids(model: Transformer, tokenizer: Tokenizer) -> set[int]:

@@ -9,7 +9,7 @@ from moesaic.engine.sequence import Sequence
 from moesaic.ops.native_step import BLOCK_TOKENS
 
 PROMPT_ROWS = 64
-"""Tokens of a prompt in a step at most, where logits of all of them are asked for."""
+"""Tokens of prompts in a step at most, where logits of all of them are asked for."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,19 @@ class Scheduler:
 
     def schedule(self, most_decoding: int, draft: Callable[[Sequence], list[int]]) -> list[Share]:
         """`most_decoding` texts at most advance by a token, in turns; `draft` guesses more tokens of one."""
-        self._budget, shares = self._step_tokens, []
+        self._budget, self._rows, shares = self._step_tokens, PROMPT_ROWS, []
+        preempted_before = self.num_preempted
         decoding = [sequence for sequence in self.running if sequence.is_decoding]
-        for sequence in self._in_turn(decoding, most_decoding):
-            sequence.drafts = draft(sequence)
+        turn = self._in_turn(decoding, min(most_decoding, self._step_tokens))
+        for number, sequence in enumerate(turn, start=1):
+            # Guesses must leave a token for each text that is still to come.
+            sequence.drafts = draft(sequence)[: max(0, self._budget - 1 - (len(turn) - number))]
             shares += self._share_of(sequence, 1 + len(sequence.drafts))
         for sequence in list(self.running):
             if not sequence.is_decoding and self._budget:
                 shares += self._share_of(sequence, self._piece(sequence))
-        while self.waiting and self._budget and len(self.running) < self._max_sequences and self._admit():
+        # Nobody is admitted where somebody had to give way: it might be that text, which has a share already.
+        while self.waiting and self._budget and self.num_preempted == preempted_before and self._admit():
             sequence = self.running[-1]
             shares += self._share_of(sequence, self._piece(sequence))
         return [share for share in shares if share.sequence in self.running]  # the others have been preempted since
@@ -91,12 +95,15 @@ class Scheduler:
         return (decoding[start:] + decoding[:start])[:most]
 
     def _piece(self, sequence: Sequence) -> int:
-        most = PROMPT_ROWS if sequence.request.prompt_logprobs is not None else self._budget
-        return min(sequence.num_new, self._budget, most)
+        piece = min(sequence.num_new, self._budget)
+        if sequence.request.prompt_logprobs is not None:
+            piece = min(piece, self._rows)
+            self._rows -= piece
+        return piece
 
     def _share_of(self, sequence: Sequence, count: int) -> list[Share]:
         """Its share if it gets the blocks for it, which may cost others theirs."""
-        if sequence not in self.running or count > self._budget:
+        if sequence not in self.running or not 0 < count <= self._budget:
             return []
         needed = -(-(sequence.num_computed + count) // BLOCK_TOKENS) - len(sequence.blocks)
         while needed > self.pool.num_free:
@@ -110,6 +117,8 @@ class Scheduler:
 
     def _admit(self) -> bool:
         """Whether the one that waits longest runs now: where there are blocks for all that it has."""
+        if len(self.running) >= self._max_sequences:
+            return False
         sequence = self.waiting[0]
         beginning = self.pool.take_beginning(sequence.ids) if sequence.may_reuse_beginning else []
         needed = -(-(len(sequence.ids) + 1) // BLOCK_TOKENS) - len(beginning)

@@ -36,7 +36,7 @@ class Sequence:
         self.lookup: PromptLookup | None = None
         stops = request.sampling.stop
         # Special tokens are no text, but programs name them as stop strings.
-        named = [token_id for token_id in map(tokenizer.id_of, stops) if token_id is not None]
+        named = [token_id for token_id in map(tokenizer.special_id, stops) if token_id is not None]
         self._text = TextAssembly(tokenizer, stops, {*request.visible_ids, *named})
         self._eos_ids = frozenset() if request.sampling.ignore_eos else frozenset(eos_ids)
         self._most_tokens = most_tokens

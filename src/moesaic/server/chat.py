@@ -195,11 +195,14 @@ def check_choices(n: int | None, best_of: int | None) -> None:
         raise refuse("best_of", f"it is {best_of} and n is {n or 1}; texts are not compared here, so set both alike")
 
 
+OURS = ("messages", "tools", "documents", "add_generation_prompt", "self")
+
+
 def check_variables(variables: dict[str, Any]) -> None:
     """What the server gives to templates is not for clients to change, nor are large values."""
     for name, value in variables.items():
         where = f"chat_template_kwargs.{name[:40]}"
-        if not name.isidentifier() or name in ("messages", "tools", "documents", "add_generation_prompt"):
+        if not name.isidentifier() or name in OURS or name.endswith("_token"):
             raise refuse(where, "a template takes no variable of this name from a request")
         if isinstance(value, str) and len(value) > 1000:
             raise refuse(where, f"it has {len(value):,} characters; at most 1,000 are accepted")

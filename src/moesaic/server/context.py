@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from moesaic.engine.engine import end_ids
 from moesaic.engine.request import OverloadedError
 from moesaic.engine.service import EngineService
 from moesaic.server.errors import ApiError
@@ -101,11 +102,9 @@ class Context:
 
         with self._compiler_lock:
             if self._compiler is None:
-                config = self.service.model_config
-                ends = config.eos_token_ids or [
-                    token_id for token_id in (self.tokenizer.eos_id,) if token_id is not None
-                ]  # fmt: skip
-                self._compiler = ConstraintCompiler(self.tokenizer, config.vocab_size, ends)
+                model = self.service.engine.model
+                ends = sorted(end_ids(model, self.tokenizer))
+                self._compiler = ConstraintCompiler(self.tokenizer, model.config.vocab_size, ends)
             return self._compiler
 
     def close(self) -> None:

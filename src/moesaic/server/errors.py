@@ -73,9 +73,13 @@ def api_error(error: MoesaicError, param: str | None = None) -> ApiError:
     return ApiError(400 if isinstance(error, UsageError) else 500, str(error), param=param)
 
 
+_LOOKED_AT = 100
+"""Errors of one body."""
+
+
 def validation_error(error: ValidationError, data: object) -> ApiError:
     """The first thing that is wrong with a request's body."""
-    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    errors = error.errors(include_url=False, include_input=False, include_context=False)[:_LOOKED_AT]
     # Where a field may be one thing or another, an error behind the right type tells most, and then the furthest one.
     paths = [field_path(each["loc"], data, each["type"]) for each in errors]
     steps = [[int(step) if step.isdecimal() else -1 for step in re.findall(r"\w+", path)] for path in paths]

@@ -26,7 +26,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 async def read_request(request: Request, model: type[Model], *, max_body: int = MAX_BODY) -> Model:
     """The body as `model`. Raises ApiError when it is too large or too slow, not JSON, or not such a request."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, f"the Content-Type is {kind[:80]!r}; send application/json", code="unsupported_media_type")
     try:

@@ -8,6 +8,7 @@ from pydantic import Field
 from moesaic.server.schemas import (
     MAX_LOGPROBS,
     MAX_MESSAGES,
+    MAX_PARTS,
     Count,
     Harmless,
     Open,
@@ -25,12 +26,12 @@ class InputItem(Open):
 
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
     id: str | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[TextPart] | None = None
+    output: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
 
 
 class ResponseTool(Open):

@@ -13,7 +13,7 @@ from moesaic.server.errors import ApiError, refuse
 from moesaic.server.schemas import GenerationFields, ResponseFormat
 
 if TYPE_CHECKING:
-    from moesaic.engine.constraint import Constraint, ConstraintCompiler
+    from moesaic.engine.constraint import Constraint, ConstraintCompiler, GrammarConstraint
 
 _SEEDS = 2**63
 _LEAST_TOP_P = 1e-9
@@ -117,13 +117,13 @@ async def compile_constraints(context: Context, structure: Structure | None, cou
 
 
 async def build_constraints(
-    context: Context, param: str, build: "Callable[[ConstraintCompiler], Constraint]", count: int
+    context: Context, param: str, build: "Callable[[ConstraintCompiler], GrammarConstraint]", count: int
 ) -> "list[Constraint | None]":
     """Raises ApiError, with `param`, for what cannot be compiled."""
 
     def build_all() -> "list[Constraint | None]":
-        compiler = context.compiler()
-        return [build(compiler) for _ in range(count)]
+        first = build(context.compiler())
+        return [first, *(first.copy() for _ in range(count - 1))]
 
     try:
         return await context.grammars.run(build_all)
@@ -131,7 +131,7 @@ async def build_constraints(
         raise ApiError(400, f"{param}: {error}", param=param) from None
 
 
-def _compile(compiler: "ConstraintCompiler", structure: Structure) -> "Constraint":
+def _compile(compiler: "ConstraintCompiler", structure: Structure) -> "GrammarConstraint":
     value = structure.value
     if structure.kind == "json_object":
         return compiler.json_object()

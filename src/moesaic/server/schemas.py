@@ -2,13 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
 """OpenAI takes 4; tasks of lm-evaluation-harness have up to 7."""
 MAX_LOGPROBS = 20
 MAX_PROMPTS = 256
+MAX_PARTS = 4096
+"""Pieces of one message's text."""
 MAX_TOOLS = 128
 MAX_BIASES = 1024
 MAX_MESSAGES = 16384
@@ -58,6 +60,16 @@ class StructuredOutputs(Body):
     json_object: bool | None = None
 
 
+def _few_biases(biases: Any) -> Any:
+    """Counted before each is looked at."""
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"it has {len(biases):,} tokens; at most {MAX_BIASES:,} are accepted")
+    return biases
+
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
 class SamplingFields(Body):
     """How texts are drawn, where OpenAI's and vLLM's names for it are the same in chats and completions."""
 
@@ -69,7 +81,7 @@ class SamplingFields(Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MAX_BIASES)
+    logit_bias: Annotated[dict[str, Bias], BeforeValidator(_few_biases)] | None = None
     """Keys are token ids."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
@@ -157,7 +169,7 @@ class ToolCall(Open):
 
 class Message(Open):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS)
     tool_call_id: str | None = None
@@ -210,7 +222,7 @@ class ChatRequest(GenerationFields, PromptFields):
     response_format: ResponseFormat | None = None
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
     """A variable of the chat template, if it knows one of this name."""
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, max_length=4)] | None = None
 
 
 class TokenizeRequest(Body):
