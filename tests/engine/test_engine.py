@@ -177,7 +177,7 @@ def test_experts_are_told_from_a_token_on_and_known_beginnings_stay_known() -> N
 
 
 def test_what_cannot_be_served_is_refused_with_the_numbers() -> None:
-    engine = Engine(make_model(), TOKENIZER, EngineConfig(max_waiting=2, max_model_tokens=100))
+    engine = Engine(make_model(), TOKENIZER, EngineConfig(max_sequences=1, max_waiting=1, max_model_tokens=100))
     with pytest.raises(UsageError, match="prompt is empty"):
         engine.submit(greedy([]))
     with pytest.raises(UsageError, match="prompt has 100 tokens, and texts of at most 100"):
@@ -186,7 +186,7 @@ def test_what_cannot_be_served_is_refused_with_the_numbers() -> None:
         engine.submit(greedy([5, 300]))
     for _ in range(2):
         engine.submit(greedy([1]))
-    with pytest.raises(OverloadedError, match="2 requests with 2 tokens are waiting") as caught:
+    with pytest.raises(OverloadedError, match="1 requests with 1 tokens are waiting") as caught:
         engine.submit(greedy([1]))
     assert caught.value.retry_after >= 1
     with pytest.raises(UsageError, match="kv_memory is 1KiB"):
@@ -230,6 +230,10 @@ def test_a_text_that_makes_the_engine_fail_fails_alone(monkeypatch: pytest.Monke
     assert [deltas[-1].finish_reason for deltas in results] == ["length", "length", "length", "error"]
     assert isinstance(results[3][-1].error, MoesaicError)
     assert "failed on this text with RuntimeError" in str(results[3][-1].error)
+    run(engine, [greedy([3, 1]) for _ in range(8)])
+    assert engine.is_failing
+    run(engine, harmless[:1])
+    assert not engine.is_failing
     assert engine.statistics().kv_blocks_used == 0
 
 
@@ -248,8 +252,8 @@ def test_guesses_starve_nobody_and_stop_nothing(monkeypatch: pytest.MonkeyPatch)
 
 def test_guesses_preemption_and_scoring_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moesaic.engine.engine.DraftJudge.wanted", lambda *_: True)
-    model = make_model()
-    for _ in range(12):
+    model = make_model(quantization="int4")
+    for _ in range(6):
         blocks = random.randint(10, 14)
         config = EngineConfig(
             step_tokens=random.randint(40, 200), prompt_lookup=random.randint(4, 32), prefix_cache=False,

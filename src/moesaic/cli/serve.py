@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moesaic.engine.service import EngineService
 
 KEY_VARIABLE = "MOESAIC_API_KEY"
+_DEAD_AFTER_MS = 120_000
 
 
 @Parameter(name="*")
@@ -205,6 +206,8 @@ def _listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     if os.name == "posix":
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # a client that takes nothing for so long has gone
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_AFTER_MS)
     try:
         listener.bind(address)  # uvicorn listens, once the model is there: until then connections are refused
     except OSError as error:

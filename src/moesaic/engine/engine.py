@@ -32,8 +32,8 @@ from moesaic.residency.residency import PREFILL_TOKENS, residency_of
 from moesaic.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
-_MOST_FAILED_PASSES = 8
-"""After so many in a row it is not the texts that are at fault."""
+_FAILING_AFTER = 8
+"""Failed passes in a row; then it is not the texts that are at fault."""
 
 
 class Engine:
@@ -99,6 +99,11 @@ class Engine:
             self._unwanted.add(handle)
 
     @property
+    def is_failing(self) -> bool:
+        """Whether nothing succeeds any more, for reasons that nobody foresaw; a pass that succeeds ends that."""
+        return self._failed_passes >= _FAILING_AFTER
+
+    @property
     def has_work(self) -> bool:
         return bool(self._arrived or self._unwanted or self.scheduler.running or self.scheduler.waiting)
 
@@ -157,9 +162,11 @@ class Engine:
             raise UsageError(f"logit_bias has token {unknown[0]}, and the model has 0 to {vocab_size - 1}")
 
     def _require_room(self) -> None:
-        waiting = [*self._arrived, *self.scheduler.waiting]
+        free = self.config.max_sequences - len(self.scheduler.running)
+        waiting = [*self.scheduler.waiting, *self._arrived][max(free, 0) :]
         tokens = sum(sequence.num_prompt for sequence in waiting)
-        if len(waiting) >= self.config.max_waiting or tokens >= self.config.max_waiting_tokens:
+        full = free <= len(self.scheduler.waiting) + len(self._arrived)
+        if full and (len(waiting) >= self.config.max_waiting or tokens >= self.config.max_waiting_tokens):
             raise OverloadedError(
                 f"{len(waiting)} requests with {tokens:,} tokens are waiting already; ask again later",
                 retry_after=self._seconds_until_room(tokens),
@@ -196,8 +203,6 @@ class Engine:
             if len(shares) > 1:
                 return [delta for share in shares for delta in self._run([share])]
             self._failed_passes += not isinstance(error, MoesaicError)
-            if self._failed_passes >= _MOST_FAILED_PASSES:
-                raise
             sequence = shares[0].sequence
             self._finish(sequence, "error")
             return [(sequence.handle, sequence.failure(_as_moesaic_error(error)))]

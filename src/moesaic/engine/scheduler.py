@@ -59,6 +59,8 @@ class Scheduler:
         decoding = [sequence for sequence in self.running if sequence.is_decoding]
         turn = self._in_turn(decoding, min(most_decoding, self._step_tokens))
         for number, sequence in enumerate(turn, start=1):
+            if sequence not in self.running:  # it has just given way to one before it
+                continue
             # Guesses must leave a token for each text that is still to come.
             sequence.drafts = draft(sequence)[: max(0, self._budget - 1 - (len(turn) - number))]
             shares += self._share_of(sequence, 1 + len(sequence.drafts))

@@ -29,7 +29,7 @@ class EngineService:
 
     @property
     def healthy(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self.engine.is_failing
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -41,7 +41,7 @@ class EngineService:
 
         Raises UsageError and OverloadedError, before the first delta, as `Engine.submit` does.
         """
-        if not self.healthy:
+        if not self._thread.is_alive():
             raise OverloadedError("the engine has stopped after a failure; restart the server", _RETRY_AFTER)
         if not self.ready:
             raise OverloadedError("the server is shutting down and takes no more requests", _RETRY_AFTER)
