@@ -115,6 +115,10 @@ def serve(
     transformer, tokenizer = loading.load(model)
     service = EngineService(Engine(transformer, tokenizer, config))
     name = served_model_name or Path(model.rstrip("/")).name or model
+    try:
+        listener.listen()  # somebody else may have begun to, while the model was loaded
+    except OSError as error:
+        raise _is_taken(host, port, error) from None
     app = create_app(service, model_name=name, api_keys=keys, request_seconds=request_timeout)
     _run(app, service, listener, name, drain_timeout)
 
@@ -212,10 +216,14 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind(address)  # uvicorn listens, once the model is there: until then connections are refused
     except OSError as error:
         listener.close()
-        raise MoesaicError(
-            f"cannot listen at {host}:{port}: {error.strerror}; stop what is there, or choose another --port"
-        ) from None
+        raise _is_taken(host, port, error) from None
     return listener
+
+
+def _is_taken(host: str, port: int, error: OSError) -> MoesaicError:
+    return MoesaicError(
+        f"cannot listen at {host}:{port}: {error.strerror}; stop what is there, or choose another --port"
+    )
 
 
 def _is_loopback(host: str) -> bool:
