@@ -96,16 +96,13 @@ def serve(
     _require_extra()
     keys = _keys(api_key)
     config = engine.to_config()
-    for name, seconds in (("request-timeout", request_timeout), ("drain-timeout", drain_timeout)):
-        if not 0 < seconds < 10**7:
-            raise UsageError(f"--{name} is {seconds:g}; it must be a number of seconds above 0")
+    _require_seconds("request-timeout", request_timeout)
+    _require_seconds("drain-timeout", drain_timeout)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     listener = _listen(host, port)
     if not keys and not _is_loopback(host):
-        print(
-            f"warning: anybody who reaches {host} may use this server; give it a key: --api-key KEY, or {KEY_VARIABLE}",
-            file=sys.stderr,
-        )
+        fix = f"give it a key: --api-key KEY, or {KEY_VARIABLE}"
+        print(f"warning: anybody who reaches {host} may use this server; {fix}", file=sys.stderr)
 
     # Before the model, so that a budget of memory counts what they take.
     from moesaic.engine.engine import Engine
@@ -115,10 +112,7 @@ def serve(
     transformer, tokenizer = loading.load(model)
     service = EngineService(Engine(transformer, tokenizer, config))
     name = served_model_name or Path(model.rstrip("/")).name or model
-    try:
-        listener.listen()  # somebody else may have begun to, while the model was loaded
-    except OSError as error:
-        raise _is_taken(host, port, error) from None
+    _begin(listener, host, port)
     app = create_app(service, model_name=name, api_keys=keys, request_seconds=request_timeout)
     _run(app, service, listener, name, drain_timeout)
 
@@ -190,6 +184,11 @@ def _require_extra() -> None:
     del fastapi, prometheus_client
 
 
+def _require_seconds(name: str, seconds: float) -> None:
+    if not 0 < seconds < 10**7:
+        raise UsageError(f"--{name} is {seconds:g}; it must be a number of seconds above 0")
+
+
 def _keys(given: tuple[str, ...]) -> tuple[str, ...]:
     keys = (*given, *filter(None, [os.environ.get(KEY_VARIABLE, "")]))
     if not all(key.strip() == key and key for key in keys):
@@ -218,6 +217,14 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise _is_taken(host, port, error) from None
     return listener
+
+
+def _begin(listener: socket.socket, host: str, port: int) -> None:
+    """Somebody else may have begun to, while the model was loaded."""
+    try:
+        listener.listen()
+    except OSError as error:
+        raise _is_taken(host, port, error) from None
 
 
 def _is_taken(host: str, port: int, error: OSError) -> MoesaicError:
