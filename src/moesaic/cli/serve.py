@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import sys
-from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,35 +25,7 @@ KEY_VARIABLE = "MOESAIC_API_KEY"
 _DEAD_AFTER_MS = 120_000
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """How many texts are generated side by side, and with how much memory."""
-
-    max_sequences: int = EngineConfig.max_sequences
-    "Texts that are computed in the same step, at most."
-    step_tokens: int = EngineConfig.step_tokens
-    "Tokens of a step, at most; longer prompts come in pieces."
-    kv_memory: str = EngineConfig.kv_memory
-    "Of keys and values, such as 1GiB; auto takes what is needed, and at most a quarter of what is left."
-    max_model_tokens: int = EngineConfig.max_model_tokens
-    "Prompt and answer together, at most."
-    prefix_cache: bool = EngineConfig.prefix_cache
-    "Keep keys and values of finished texts, for others that begin alike."
-    max_waiting: int = EngineConfig.max_waiting
-    "Requests that wait for their turn; more are refused at once."
-    max_waiting_tokens: int = EngineConfig.max_waiting_tokens
-    "The same, counted in tokens of their prompts."
-    prompt_lookup: int = EngineConfig.prompt_lookup
-    "Guess so many next tokens from what followed the same words before, while that is faster; 0 means never."
-    expert_bytes: str = EngineConfig.expert_bytes
-    "With experts on disk: texts advance together only as far as their step reads about so much, such as 256MiB."
-
-    def to_config(self) -> EngineConfig:
-        return EngineConfig(**{field.name: getattr(self, field.name) for field in fields(self)})
-
-
-_MODEL, _ENGINE = ModelOptions(), EngineOptions()
+_MODEL, _ENGINE = ModelOptions(), EngineConfig()
 
 
 def serve(
@@ -68,7 +39,7 @@ def serve(
     request_timeout: float = 600.0,
     drain_timeout: float = 30.0,
     loading: ModelOptions = _MODEL,
-    engine: EngineOptions = _ENGINE,
+    engine: Annotated[EngineConfig, Parameter(name="*")] = _ENGINE,
 ) -> None:
     """Serve MODEL over HTTP: OpenAI's API under /v1, and a page at / that shows the experts at work.
 
@@ -95,7 +66,6 @@ def serve(
     """
     _require_extra()
     keys = _keys(api_key)
-    config = engine.to_config()
     _require_seconds("request-timeout", request_timeout)
     _require_seconds("drain-timeout", drain_timeout)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -110,7 +80,7 @@ def serve(
     from moesaic.server.app import create_app
 
     transformer, tokenizer = loading.load(model)
-    service = EngineService(Engine(transformer, tokenizer, config))
+    service = EngineService(Engine(transformer, tokenizer, engine))
     name = served_model_name or Path(model.rstrip("/")).name or model
     _begin(listener, host, port)
     app = create_app(service, model_name=name, api_keys=keys, request_seconds=request_timeout)

@@ -35,7 +35,7 @@ def blocks_for(model: Transformer, config: EngineConfig) -> int:
         left = available_bytes(weight.device) if residency is None else residency.bytes_left
         least = -(-min(longest, _LEAST_TOKENS) // BLOCK_TOKENS)
         return max(min(wanted, left // _PART_OF_MEMORY // block_bytes), least)
-    blocks = parse_bytes(config.kv_memory) // block_bytes
+    blocks = parse_bytes(config.kv_memory, "kv_memory") // block_bytes
     if blocks < 1:
         raise UsageError(
             f"kv_memory is {config.kv_memory}, and the keys and values of {BLOCK_TOKENS} tokens take "
@@ -88,7 +88,7 @@ class ExpertTraffic:
 
     def __init__(self, model: Transformer, config: EngineConfig) -> None:
         self._residency = residency_of(model)
-        self._allowed = parse_bytes(config.expert_bytes) if config.expert_bytes else None
+        self._allowed = parse_bytes(config.expert_bytes, "expert_bytes") if config.expert_bytes else None
         self._most = config.max_sequences
         self._bytes_per_text = 0.0
         self._read = 0

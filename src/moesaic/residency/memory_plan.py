@@ -22,12 +22,12 @@ SLACK_BYTES = 32 * 2**20
 """What allocators keep, and threads need."""
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int, what: str = "memory") -> int:
     """8GiB, 8GB, 8G (as GiB), 512MiB, or a number of bytes. Raises UsageError for anything else."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]*)\s*", str(text))
     units = {name.upper(): factor for name, factor in UNITS.items()}
     if match is None or match[2].upper() not in units or not float(match[1]):
-        raise UsageError(f"memory {text!r} is not a size; write it like 8GiB, 500MB or 2.5GiB")
+        raise UsageError(f"{what} {text!r} is not a size; write it like 8GiB, 500MB or 2.5GiB")
     return int(float(match[1]) * units[match[2].upper()])
 
 
