@@ -9,14 +9,9 @@ in the queue is that of the queue, so it is also set beside a queue that is full
 """
 
 import argparse
-import contextlib
 import json
-import os
-import signal
 import socket
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
@@ -30,11 +25,11 @@ from typing import Any
 
 from common import Row, note, run_benchmark
 from inference.crowd import Crowd, Load, Told, quantile
+from inference.serving import MODEL_NAME, serving
 
 from moesaic.config import ModelConfig, MoEConfig
 from moesaic.tokenizer import Tokenizer, byte_tokenizer
 
-NAME = "bench"
 SIDE_BY_SIDE, WAITING = 8, 2
 OVERLOAD = 10
 CLIENTS = 200
@@ -58,18 +53,18 @@ def measure(arguments: argparse.Namespace) -> Sequence[Row]:
         write_model(small, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
         write_model(large)
         if arguments.only in (None, "made-up"):
-            with serving(small, "--max-model-tokens", "96") as port:
+            with serving(small, "--max-model-tokens", "96", threads=1) as port:
                 rows += made_up(port, 400 if arguments.quick else 10_500)
         flags = ("--max-sequences", str(SIDE_BY_SIDE), "--max-waiting", str(WAITING), "--max-model-tokens", "256")
         if arguments.only in (None, "overload"):
-            with serving(large, *flags) as port:
+            with serving(large, *flags, threads=1) as port:
                 rows += overload(port, 8.0 if arguments.quick else 60.0)
         flags = ("--max-sequences", str(CLIENTS), "--max-waiting", str(2 * CLIENTS), "--max-model-tokens", "1500")
         if arguments.only in (None, "hang-ups"):
-            with serving(small, *flags) as port:
+            with serving(small, *flags, threads=1) as port:
                 rows += hang_ups(port)
         if arguments.only in (None, "bodies"):
-            with serving(large, "--max-model-tokens", "2048") as port:
+            with serving(large, "--max-model-tokens", "2048", threads=1) as port:
                 rows += bodies(port)
     return rows
 
@@ -83,31 +78,6 @@ def write_model(directory: Path, **sizes: int) -> None:
     model = Transformer(replace(CONFIG, **sizes))  # type: ignore[arg-type]
     model.init_weights(0)
     export_model(model, Tokenizer(byte_tokenizer()._rust, {"chat_template": TEMPLATE}), directory)
-
-
-@contextlib.contextmanager
-def serving(directory: Path, *flags: str) -> Iterator[int]:
-    """The port of a server that is ready; it ends with the block, politely."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moesaic", "serve", str(directory), "--port", str(port), "--no-prefix-cache"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--served-model-name", NAME, *flags], env=environment, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1):
-                break
-            if process.poll() is not None:
-                raise RuntimeError(f"the server ended with status {process.returncode}")
-            time.sleep(0.1)
-        yield port
-    finally:
-        process.send_signal(signal.SIGTERM)
-        if process.wait(60):
-            raise RuntimeError(f"the server ended with status {process.returncode}")
 
 
 def made_up(port: int, count: int) -> Iterator[Row]:
@@ -136,7 +106,7 @@ def _made_up(port: int, count: int, seed: int) -> Any:
 
     url = f"http://127.0.0.1:{port}"
     description = _description()
-    return ask_made_up(url, description, NAME, count, seed)
+    return ask_made_up(url, description, MODEL_NAME, count, seed)
 
 
 def _description() -> dict[str, Any]:
@@ -148,7 +118,7 @@ def _description() -> dict[str, Any]:
 
     engine = SimpleNamespace(max_model_tokens=96)
     service = SimpleNamespace(tokenizer=byte_tokenizer(), engine=engine, statistics=None)
-    return create_app(cast(EngineService, service), model_name=NAME).openapi()
+    return create_app(cast(EngineService, service), model_name=MODEL_NAME).openapi()
 
 
 def overload(port: int, seconds: float) -> Iterator[Row]:

@@ -98,6 +98,18 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
+MODEL_FLAGS: tuple[tuple[str, dict[str, object]], ...] = (
+    ("--layers", {"type": positive, "default": LAYERS}),
+    ("--width", {"type": positive, "default": WIDTH, "help": "of the residual stream"}),
+    ("--expert-width", {"type": positive, "default": EXPERT_WIDTH, "help": "inner width of an expert"}),
+    ("--experts", {"type": positive, "default": EXPERTS}),
+    ("--top-k", {"type": positive, "default": TOP_K, "help": "experts per token"}),
+    ("--heads", {"type": positive, "default": HEADS}),
+    ("--vocabulary", {"type": positive, "default": VOCABULARY}),
+)
+"""What `bench_config` reads."""
+
+
 def bench_config(arguments: argparse.Namespace) -> ModelConfig:
     return ModelConfig(
         vocab_size=arguments.vocabulary,
@@ -294,13 +306,7 @@ if __name__ == "__main__":
         ("--rounds", {"type": positive, "help": "timed turns of each side and work (default 9, quick 3)"}),
         ("--threads", {"type": positive, "default": 2, "help": "of every side"}),
         ("--prefill", {"type": positive, "default": PREFILL_TOKENS, "help": "tokens of a prompt"}),
-        ("--layers", {"type": positive, "default": LAYERS}),
-        ("--width", {"type": positive, "default": WIDTH, "help": "of the residual stream"}),
-        ("--expert-width", {"type": positive, "default": EXPERT_WIDTH, "help": "inner width of an expert"}),
-        ("--experts", {"type": positive, "default": EXPERTS}),
-        ("--top-k", {"type": positive, "default": TOP_K, "help": "experts per token"}),
-        ("--heads", {"type": positive, "default": HEADS}),
-        ("--vocabulary", {"type": positive, "default": VOCABULARY}),
+        *MODEL_FLAGS,
         ("--seed", {"type": int, "default": 0, "help": "of the tokens"}),
         ("--scratch", {"help": "a folder that keeps the models (12 GB for all formats), so that a second run starts"}),
     )

@@ -10,15 +10,8 @@ what a step of the engine takes beside the model, and what clients over HTTP get
 """
 
 import argparse
-import contextlib
-import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,20 +19,10 @@ from statistics import median
 
 import numpy as np
 from common import Row, note, positive, run_benchmark
-from cpu_inference import (
-    EXPERT_WIDTH,
-    EXPERTS,
-    HEADS,
-    LAYERS,
-    TOP_K,
-    VOCABULARY,
-    WIDTH,
-    bench_config,
-    folder_name,
-    prepare,
-)
+from cpu_inference import MODEL_FLAGS, bench_config, folder_name, prepare
 from inference.llama_batched import LlamaServer
 from inference.load import Job, Outcome, closed_load, open_load, through_http
+from inference.serving import serving
 from inference.sides import Contest, Side
 
 from moesaic.checkpoint.quantize import quantize
@@ -113,38 +96,16 @@ def measure(arguments: argparse.Namespace) -> Sequence[Row]:
             Side("llama.cpp", partial(LlamaServer, files["Q4_0"], arguments.threads, max(CLIENTS), CAPACITY)),
             Side("engine", partial(DirectEngine, packed, arguments.threads)),
         ]
-        with our_server(packed, arguments.threads) as port, Contest(sides, arguments.threads) as contest:
+        with (
+            serving(packed, "--max-model-tokens", str(CAPACITY), threads=arguments.threads) as port,
+            Contest(sides, arguments.threads) as contest,
+        ):
             rows += _closed(port, contest, config.vocab_size, arguments)
             rows += _open(port, contest, config.vocab_size, arguments)
             overhead = contest.ask("engine", "overhead")
             work = "scheduler: share of a step outside the model"
             rows.append(Row(work=work, unit="", ours=overhead, goal=0.05, met=overhead <= 0.05))
     return rows
-
-
-@contextlib.contextmanager
-def our_server(directory: Path, threads: int) -> Iterator[int]:
-    """The port of a server that is ready; it ends with the block, politely."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moesaic", "serve", str(directory), "--port", str(port)]
-    flags = ["--served-model-name", "bench", "--max-model-tokens", str(CAPACITY), "--no-prefix-cache"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(
-        [*command, *flags], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        for _ in range(600):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1):
-                break
-            if process.poll() is not None:
-                raise RuntimeError(f"the server ended with status {process.returncode}")
-            time.sleep(0.1)
-        yield port
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
 def _closed(port: int, contest: Contest, vocab_size: int, arguments: argparse.Namespace) -> Iterator[Row]:
@@ -220,12 +181,6 @@ if __name__ == "__main__":
             {"type": positive, "default": 3, "help": "timed turns of each side and load"},
         ),
         ("--threads", {"type": positive, "default": 2, "help": "of every side"}),
-        ("--layers", {"type": positive, "default": LAYERS}),
-        ("--width", {"type": positive, "default": WIDTH, "help": "of the residual stream"}),
-        ("--expert-width", {"type": positive, "default": EXPERT_WIDTH, "help": "inner width of an expert"}),
-        ("--experts", {"type": positive, "default": EXPERTS}),
-        ("--top-k", {"type": positive, "default": TOP_K, "help": "experts per token"}),
-        ("--heads", {"type": positive, "default": HEADS}),
-        ("--vocabulary", {"type": positive, "default": VOCABULARY}),
+        *MODEL_FLAGS,
         ("--scratch", {"type": Path, "help": "a folder that keeps the models (6 GB), so that a second run starts"}),
     )

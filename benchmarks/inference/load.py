@@ -13,6 +13,8 @@ from statistics import median
 
 import numpy as np
 
+from inference.serving import MODEL_NAME
+
 
 @dataclass(frozen=True)
 class Job:
@@ -112,7 +114,7 @@ async def _send_at(port: int, job: Job, start: float) -> Timing:
 
 async def _send(port: int, job: Job) -> Timing:
     """By hand, since a client library would take a core away from the server."""
-    body = {"model": "bench", "prompt": list(job.prompt), "max_tokens": job.new_tokens, "temperature": 0}
+    body = {"model": MODEL_NAME, "prompt": list(job.prompt), "max_tokens": job.new_tokens, "temperature": 0}
     payload = json.dumps(
         body | {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
     ).encode()
