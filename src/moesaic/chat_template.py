@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from moesaic.caged_process import ask_caged, close_pipes, end_caged, start_caged
 from moesaic.errors import MoesaicError, UsageError
 
 MAX_SECONDS = 5.0
@@ -32,7 +33,6 @@ MAX_TEXT = 2**24
 _START_SECONDS = 60.0
 _MAX_REPLY = 8 * MAX_TEXT  # bytes: every character may take four, or six where JSON escapes it
 _MAX_MESSAGE = 300
-_KEPT_ENVIRONMENT = ("TZ", "LD_LIBRARY_PATH", "SYSTEMROOT")
 
 
 class ChatTemplate:
@@ -85,25 +85,14 @@ class ChatTemplate:
         """In a forked child: what was inherited belongs to the parent, which may be in the middle of a call."""
         if self._process is not None:
             self._stop.detach()  # type: ignore[attr-defined]
-            _close_pipes(self._process)
+            close_pipes(self._process)
             self._process.returncode = 0  # not a child of this process: never waited for, never signalled
         self._begin_anew()
 
     def _start(self) -> None:
         self._stop()
-        package = str(Path(__file__).parents[1])
-        environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join([package, *filter(os.path.isabs, sys.path)])
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-m", "moesaic.chat_template"],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for us; what we do about it reaches the process
-        )
-        self._process, self._stop = process, weakref.finalize(self, _end, process)
+        process = start_caged("moesaic.chat_template")
+        self._process, self._stop = process, weakref.finalize(self, end_caged, process)
         try:
             _exchange(process, json.dumps(MAX_SECONDS), _START_SECONDS)
         except UsageError as error:
@@ -162,30 +151,10 @@ def read_text(file: Path, max_bytes: int) -> str:
 
 def _exchange(process: "subprocess.Popen[bytes]", request: str, seconds: float) -> dict[str, str]:
     """One line to the process and its answer, one line too. Raises UsageError when there is none in time."""
-    late = threading.Event()
-
-    def kill() -> None:
-        late.set()
-        process.kill()
-
-    assert process.stdin is not None
-    assert process.stdout is not None
-    timer = threading.Timer(seconds, kill)
-    timer.daemon = True
-    timer.start()
-    answer, unsent = bytearray(), memoryview(request.encode() + b"\n")
-    try:
-        while unsent:
-            unsent = unsent[process.stdin.write(unsent) :]
-        while not answer.endswith(b"\n") and len(answer) < _MAX_REPLY and (part := process.stdout.read(2**16)):
-            answer += part
-    except BrokenPipeError:
-        pass  # it has ended, which shows below
-    finally:
-        timer.cancel()
-    if late.is_set():
+    answer, late = ask_caged(process, request, seconds, _MAX_REPLY)
+    if late:
         raise _failure(f"it took longer than {seconds:g} s")
-    if not answer.endswith(b"\n"):
+    if answer is None:
         raise _failure(f"it made its process end, which may use {MAX_MEMORY // 2**20} MiB of memory")
     return json.loads(answer.decode("utf-8", "surrogatepass"))
 
@@ -197,18 +166,6 @@ def _failure(reason: str) -> UsageError:
         f"the chat template of this tokenizer failed: {shown}; "
         "change the messages, or mend or replace its chat_template.jinja"
     )
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
-    process.wait()
-    _close_pipes(process)
-
-
-def _close_pipes(process: "subprocess.Popen[bytes]") -> None:
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
 
 
 def _serve() -> None:

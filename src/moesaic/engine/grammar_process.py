@@ -9,7 +9,6 @@ Where the system has no such limits (not Linux), only the time is limited.
 import contextlib
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moesaic.caged_process import ask_caged, end_caged, start_caged
 from moesaic.errors import MoesaicError
 
 MAX_SECONDS = 2.0
@@ -32,7 +32,7 @@ _MAX_WAIT = 10.0  # seconds on the clock: a busy machine takes longer than MAX_S
 _START_SECONDS = 60.0
 _KEPT_VERDICTS = 1024
 _STEPS = 16
-_KEPT_ENVIRONMENT = ("LD_LIBRARY_PATH", "SYSTEMROOT")
+_MAX_REPLY = 2**20  # bytes
 
 
 def limits() -> Any:
@@ -110,20 +110,9 @@ class GrammarProcess:
 
     def _start(self) -> None:
         self._stop()
-        package = str(Path(__file__).parents[2])
-        environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
-        environment["PYTHONPATH"] = os.pathsep.join([package, *filter(os.path.isabs, sys.path)])
-        environment["MALLOC_ARENA_MAX"] = "1"  # further ones take address space, which is limited
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-s", "-m", "moesaic.engine.grammar_process"],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is for us; what we do about it reaches the process
-        )
-        self._process, self._stop = process, weakref.finalize(self, _end, process)
+        # Further arenas take address space, which is limited.
+        process = start_caged("moesaic.engine.grammar_process", MALLOC_ARENA_MAX="1")
+        self._process, self._stop = process, weakref.finalize(self, end_caged, process)
         names = {str(token_id): token.hex() for token_id, token in self.tokens.items()}
         if self._ask(json.dumps({"tokens": names, "vocab_size": self._vocab_size}), _START_SECONDS):
             command = f"{sys.executable} -m moesaic.engine.grammar_process"
@@ -131,27 +120,11 @@ class GrammarProcess:
 
     def _ask(self, request: str, seconds: float) -> str:
         """The answer to one line, one line too, or how the process ended instead."""
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        late = threading.Event()
-        timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
-        timer.daemon = True
-        timer.start()
-        answer, unsent = bytearray(), memoryview(request.encode() + b"\n")
-        try:
-            while unsent:
-                unsent = unsent[process.stdin.write(unsent) :]
-            while not answer.endswith(b"\n") and (part := process.stdout.read(2**16)):
-                answer += part
-        except BrokenPipeError:
-            pass  # it has ended, which shows below
-        finally:
-            timer.cancel()
-        if answer.endswith(b"\n") and not late.is_set():
+        assert self._process is not None
+        answer, late = ask_caged(self._process, request, seconds, _MAX_REPLY)
+        if answer is not None and not late:
             return json.loads(answer)
-        return _ending(process.wait(), late.is_set())
+        return _ending(self._process.wait(), late)
 
 
 def _ending(status: int, late: bool) -> str:
@@ -160,14 +133,6 @@ def _ending(status: int, late: bool) -> str:
     if status in (-getattr(signal, "SIGSEGV", 0), -getattr(signal, "SIGBUS", 0)):
         return "its parts refer to each other in too long a chain"
     return f"it needs more than {MAX_MEMORY // 2**20} MiB of memory to compile"
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
 
 
 def _serve() -> None:
