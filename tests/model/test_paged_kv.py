@@ -92,10 +92,11 @@ CONFIGS = {
     ),
 }
 BY_LENGTH = ("dynamic", "longrope")
-# By the torch path keys and values are of the model's type; the kernels attend in float32.
+# By the torch path keys and values are of the model's type; the kernels attend in float32. What the roundings of
+# bfloat16 come to depends on the model drawn: what they may come to is measured on the same model without blocks.
 WAYS = {"torch, float64": (False, torch.float64, 1e-9), "float64": (True, torch.float64, 1e-4),
         "float32": (True, torch.float32, 1e-3), "torch, float32": (False, torch.float32, 1e-3),
-        "bfloat16": (True, torch.bfloat16, 0.1)}  # fmt: skip
+        "bfloat16": (True, torch.bfloat16, None)}  # fmt: skip
 
 
 @pytest.fixture
@@ -107,9 +108,13 @@ def random_texts(*lengths: int) -> list[Tensor]:
     return [torch.randint(BASE["vocab_size"], (length,)) for length in lengths]
 
 
-def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+def distance(got: Tensor, expected: Tensor) -> float:
     assert got.shape == expected.shape
-    assert float((got.double() - expected.double()).norm() / expected.double().norm()) < tolerance
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert distance(got, expected) < tolerance
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -124,14 +129,16 @@ def test_logits_are_those_of_the_whole_text(request: pytest.FixtureRequest, name
     texts = random_texts(random.randint(70, 120), random.randint(1, 60), 33)
     wide = copy.deepcopy(model).double()
     with torch.no_grad():
-        expected = [wide(text[None])[0] for text in texts]
-    assert all(0.1 < each.std() < 100 for each in expected)
+        expected = torch.cat([wide(text[None])[0] for text in texts])
+        if tolerance is None:
+            tolerance = 1.5 * distance(torch.cat([model(text[None])[0] for text in texts]), expected)
+    assert 0.1 < expected.std() < 100
     lengths = [len(text) for text in texts]
     together = [[(number, 0, length) for number, length in enumerate(lengths)]]
     for passes in (together, random_passes(lengths, 40)):
-        for got, wanted in zip(paged_logits(model, texts, passes), expected, strict=True):
-            assert got.dtype == dtype
-            assert_close(got, wanted, tolerance)
+        got = torch.cat(paged_logits(model, texts, passes))
+        assert got.dtype == dtype
+        assert_close(got, expected, tolerance)
 
 
 @pytest.mark.parametrize("prompt", [1, 25, ORIGINAL + 7])
