@@ -20,6 +20,8 @@ moesaic_block_step block_step(const nb::tuple& described) {
   step.value = layer(projections[2]), step.output = layer(projections[3]);
   step.attention = attention_step(described[2]);
   step.router = router_step(described[3]);
+  const nb::tuple kept = described[4];
+  step.kept = at<const int64_t>(kept[0]), step.num_kept = nb::cast<int64_t>(kept[1]);
   return step;
 }
 

@@ -192,25 +192,48 @@ extern "C" int moesaic_sum_rows(const moesaic_plan* plan, int64_t num_tokens, in
   return 0;
 }
 
-extern "C" int moesaic_packed_linear(const moesaic_packed* weight, const float* bias, const float* x, int64_t num_tokens,
-                                     int threads, const char* instruction_set, float* y) try {
+extern "C" int moesaic_packed_linear(const moesaic_packed_layer* layers, int64_t num_layers, const float* x,
+                                     int64_t num_tokens, int threads, const char* instruction_set,
+                                     float* const* ys) try {
   const PackedKernels* kernels = usable_kernels().named(instruction_set);
   if (!kernels) return -1;
-  if (!known_format(*weight)) return -3;
-  const int64_t K = weight->columns;
-  const Records records(num_tokens * record_bytes(K, weight->group_size));
+  const int64_t K = layers[0].weight.columns;
+  int64_t outputs = 0, rounded_bytes = 0, rounded_at[2] = {-1, -1};  // for groups of 32 and of 64
+  for (int64_t i = 0; i < num_layers; ++i) {
+    const moesaic_packed& w = layers[i].weight;
+    if (!known_format(w) || w.columns != K) return -3;
+    outputs += w.rows;
+    int64_t& at = rounded_at[w.group_size == 64];
+    if (at >= 0) continue;
+    at = rounded_bytes;
+    rounded_bytes += num_tokens * record_bytes(K, w.group_size);
+  }
+  const Records records(rounded_bytes);
   if (!records.get()) return -2;
-  round_rows(*kernels, x, num_tokens, K, weight->group_size, threads, records.get());
-  const Parts chunks(num_tokens, most_packed_rows);
-  const int64_t width = columns_of_task(weight->rows, threads);
-  const int64_t num_tasks = chunks.number * divide_up(weight->rows, width);
-  const auto product = [&](int64_t index, float* scratch) {
-    const int64_t chunk = index % chunks.number, first = index / chunks.number * width;
-    const RowRange tokens{0, chunks.start(chunk), chunks.size(chunk)};
-    const ColumnRange columns{first, std::min(width, weight->rows - first)};
-    kernels->linear(*weight, bias, tokens, columns, records.get(), y, scratch);
+  for (const int64_t group_size : {32, 64}) {
+    const int64_t at = rounded_at[group_size == 64];
+    if (at >= 0) round_rows(*kernels, x, num_tokens, K, group_size, threads, records.get() + at);
+  }
+  struct Piece {
+    int64_t layer;
+    ColumnRange columns;
   };
-  return parallel_with_scratch(threads, num_tasks, kernels->scratch_size, product) ? 0 : -2;
+  std::vector<Piece> pieces;
+  const int64_t width = columns_of_task(outputs, threads);
+  for (int64_t i = 0; i < num_layers; ++i) {
+    const int64_t rows = layers[i].weight.rows;
+    for (int64_t first = 0; first < rows; first += width) pieces.push_back({i, {first, std::min(width, rows - first)}});
+  }
+  const Parts chunks(num_tokens, most_packed_rows);
+  const auto product = [&](int64_t index, float* scratch) {
+    const int64_t chunk = index % chunks.number;
+    const Piece& piece = pieces[size_t(index / chunks.number)];
+    const moesaic_packed_layer& layer = layers[piece.layer];
+    const RowRange tokens{0, chunks.start(chunk), chunks.size(chunk)};
+    const uint8_t* const rounded = records.get() + rounded_at[layer.weight.group_size == 64];
+    kernels->linear(layer.weight, layer.bias, tokens, piece.columns, rounded, ys[piece.layer], scratch);
+  };
+  return parallel_with_scratch(threads, chunks.number * int64_t(pieces.size()), kernels->scratch_size, product) ? 0 : -2;
 } catch (const std::bad_alloc&) {
   return -2;
 }

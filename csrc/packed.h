@@ -62,9 +62,15 @@ int moesaic_packed_experts_rows(const moesaic_packed_experts* experts, int threa
 int moesaic_sum_rows(const moesaic_plan* plan, int64_t num_tokens, int64_t num_rows, int64_t hidden_size,
                      const float* rows, const float* row_weights, int threads, const char* instruction_set, float* y);
 
-// y (T, rows) = x (T, columns) times the transposed matrix, plus the bias (rows) unless that is NULL. Returns as above.
-int moesaic_packed_linear(const moesaic_packed* weight, const float* bias, const float* x, int64_t num_tokens, int threads,
-                          const char* instruction_set, float* y);
+typedef struct {
+  moesaic_packed weight;
+  const float* bias;  // (rows) or NULL
+} moesaic_packed_layer;
+
+// ys[i] (T, rows) = x (T, columns) times the transposed matrix of layer i, plus its bias: of several layers with the same
+// inputs, whose tasks the threads share. Returns as above.
+int moesaic_packed_linear(const moesaic_packed_layer* layers, int64_t num_layers, const float* x, int64_t num_tokens,
+                          int threads, const char* instruction_set, float* const* ys);
 
 // The instruction sets that packed kernels are built for and this machine runs, the best first, ended by NULL.
 const char* const* moesaic_packed_kernels(void);

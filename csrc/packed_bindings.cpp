@@ -35,10 +35,10 @@ namespace {
 
 int packed_linear(nb::tuple weight, uintptr_t bias, uintptr_t x, int64_t num_tokens, int threads,
                   const char* instruction_set, uintptr_t y) {
-  const moesaic_packed matrix = packed(weight);
+  const moesaic_packed_layer layer{packed(weight), at<const float>(bias)};
+  float* const to = at<float>(y);
   nb::gil_scoped_release unlocked;
-  return moesaic_packed_linear(&matrix, at<const float>(bias), at<const float>(x), num_tokens, threads, instruction_set,
-                               at<float>(y));
+  return moesaic_packed_linear(&layer, 1, at<const float>(x), num_tokens, threads, instruction_set, &to);
 }
 
 using Forward = int (*)(const moesaic_packed_experts*, int, const char*, float*);

@@ -14,6 +14,7 @@ namespace {
 
 // Below so many floats to read, waking another thread takes longer than the work.
 constexpr int64_t floats_per_task = 16 * 1024;
+constexpr int64_t most_routed_together = 8;
 
 const KernelChoice<StepKernels>& usable_kernels() {
   static const auto usable = choice_of_vectors(moesaic_step_kernels_avx512, moesaic_step_kernels_avx2,
@@ -21,12 +22,11 @@ const KernelChoice<StepKernels>& usable_kernels() {
   return usable;
 }
 
-// Runs task(first, last, scratch) over 0 .. count - 1 in as many parts as their size deserves, of at least so many.
+// Runs task(first, last, scratch) over 0 .. count - 1 in as many parts as their size deserves.
 // Returns 0 or -2.
 template <class Task>
-int in_parts(int threads, int64_t count, int64_t floats_of_each, int64_t scratch_size, const Task& task,
-             int64_t at_least = 1) {
-  const int64_t per_task = std::max(at_least, floats_per_task / std::max<int64_t>(1, floats_of_each));
+int in_parts(int threads, int64_t count, int64_t floats_of_each, int64_t scratch_size, const Task& task) {
+  const int64_t per_task = std::max<int64_t>(1, floats_per_task / std::max<int64_t>(1, floats_of_each));
   const Parts parts(count, per_task);
   const auto part = [&](int64_t index, float* scratch) { task(parts.start(index), parts.start(index + 1), scratch); };
   return parallel_with_scratch(threads, parts.number, scratch_size, part) ? 0 : -2;
@@ -79,13 +79,20 @@ extern "C" int moesaic_route(const moesaic_router_step* step, int threads, const
                              int64_t* expert_ids, float* weights) {
   const StepKernels* const kernels = usable_kernels().named(instruction_set);
   if (!kernels) return -1;
-  // Each part reads all of the weight, so a part is more than a token as soon as all threads have one.
-  const int64_t at_least = std::min<int64_t>(8, 1 + step->num_tokens / (4 * threads));
-  const auto some = [&](int64_t first, int64_t last, float* scratch) {
-    kernels->route(*step, first, last, scratch, logits, expert_ids, weights);
-  };
-  return in_parts(threads, step->num_tokens, step->hidden_size * step->num_experts,
-                  scratch_of_top_k(step->num_experts), some, at_least);
+  const int64_t T = step->num_tokens, E = step->num_experts, K = step->top_k;
+  // A task is so many tokens as stay in the cache while it reads the weight, or, where these are not enough for all
+  // threads, a part of the experts.
+  const Parts groups(T, std::min(most_routed_together, 1 + T / (4 * threads)));
+  const int64_t worth_a_task = std::max<int64_t>(1, floats_per_task / std::max<int64_t>(1, step->hidden_size));
+  const Parts experts(E, groups.number < threads ? worth_a_task : E);
+  parallel(threads, groups.number * experts.number, [&](int64_t index, int) {
+    const int64_t group = index / experts.number, part = index % experts.number;
+    kernels->router_logits(*step, groups.start(group), groups.start(group + 1), experts.start(part),
+                           experts.start(part + 1), logits);
+  });
+  return in_parts(threads, T, E * (K + 1), scratch_of_top_k(E), [&](int64_t first, int64_t last, float* scratch) {
+    kernels->choose(*step, first, last, logits, scratch, expert_ids, weights);
+  });
 }
 
 extern "C" int moesaic_top_k(const float* values, int64_t num_rows, int64_t size, int64_t k, int threads,

@@ -21,9 +21,13 @@ struct StepKernels {
   void (*attend)(const moesaic_attention_step& step, const AttentionTile& tile, const float* queries, float* scratch,
                  float* y);
 
-  // Tokens first .. last - 1. `scratch` has room for scratch_of_top_k().
-  void (*route)(const moesaic_router_step& step, int64_t first, int64_t last, float* scratch, float* logits,
-                int64_t* expert_ids, float* weights);
+  // logits (T, E) of tokens first .. last - 1 and experts first_expert .. last_expert - 1.
+  void (*router_logits)(const moesaic_router_step& step, int64_t first, int64_t last, int64_t first_expert,
+                        int64_t last_expert, float* logits);
+
+  // What these logits choose, for tokens first .. last - 1. `scratch` has room for scratch_of_top_k().
+  void (*choose)(const moesaic_router_step& step, int64_t first, int64_t last, const float* logits, float* scratch,
+                 int64_t* expert_ids, float* weights);
 
   // Rows first .. last - 1. `scratch` has room for scratch_of_top_k().
   void (*top_k)(const float* values, int64_t first, int64_t last, int64_t size, int64_t k, float* scratch, int64_t* ids);

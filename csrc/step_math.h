@@ -117,23 +117,23 @@ void take_highest(float* values, int64_t E, int64_t K, int64_t* ids) {
   }
 }
 
-// logits (last - first, E) of tokens first .. last - 1; each row of the weight is read once for all of them.
-void router_logits(const moesaic_router_step& step, int64_t first, int64_t last, float* all_logits) {
+// Each row of the weight is read once for all tokens, so these should be few enough to stay in the cache.
+void router_logits(const moesaic_router_step& step, int64_t first, int64_t last, int64_t first_expert,
+                   int64_t last_expert, float* logits) {
   const int64_t D = step.hidden_size, E = step.num_experts;
-  for (int64_t e = 0; e < E; ++e) {
+  for (int64_t e = first_expert; e < last_expert; ++e) {
     for (int64_t t = first; t < last; ++t) {
-      all_logits[t * E + e] = dot(step.x + t * D, step.weight + e * D, D) + (step.bias ? step.bias[e] : 0.0f);
+      logits[t * E + e] = dot(step.x + t * D, step.weight + e * D, D) + (step.bias ? step.bias[e] : 0.0f);
     }
   }
 }
 
-void route(const moesaic_router_step& step, int64_t first, int64_t last, float* selection, float* all_logits,
-           int64_t* all_ids, float* all_weights) {
-  constexpr int64_t together = 8;  // whose x stay in the cache
+void choose(const moesaic_router_step& step, int64_t first, int64_t last, const float* all_logits, float* selection,
+            int64_t* all_ids, float* all_weights) {
   const int64_t E = step.num_experts, K = step.top_k;
   for (int64_t t = first; t < last; ++t) {
-    if ((t - first) % together == 0) router_logits(step, t, smaller(t + together, last), all_logits);
-    float *const logits = all_logits + t * E, *const weights = all_weights + t * K;
+    const float* const logits = all_logits + t * E;
+    float* const weights = all_weights + t * K;
     copy_floats(logits, E, selection);
     float scale = 1.0f;
     const float most = largest_of(logits, E, -INFINITY);
@@ -163,6 +163,6 @@ void top_k(const float* values, int64_t first, int64_t last, int64_t size, int64
   }
 }
 
-constexpr StepKernels step_kernels{rms_norm, place, attend, route, top_k};
+constexpr StepKernels step_kernels{rms_norm, place, attend, router_logits, choose, top_k};
 
 }  // namespace

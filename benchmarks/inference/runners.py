@@ -53,7 +53,10 @@ class Texts:
         kv = self._kv.batch([NewTokens(blocks, self._length, new) for blocks in self._blocks])
         self._length += new
         last_BK = torch.arange(1, batch + 1)[:, None] * new - torch.arange(logits_to_keep, 0, -1)
-        return self._model(tokens.reshape(1, -1), kv=kv, logits_to_keep=last_BK.flatten())[0].unflatten(0, (batch, -1))
+        logits_1RV = self._model(
+            tokens.reshape(1, -1), kv=kv, logits_to_keep=last_BK.flatten() if new > 1 else None, skip_others=True
+        )
+        return logits_1RV[0].unflatten(0, (batch, -1))
 
 
 class Ours:

@@ -21,6 +21,13 @@ struct Given {
   }
 };
 
+template <class Number>
+std::vector<Number> rows_of(const std::vector<Number>& all, int64_t width, const std::vector<int64_t>& rows) {
+  std::vector<Number> some;
+  for (const int64_t row : rows) some.insert(some.end(), all.begin() + row * width, all.begin() + (row + 1) * width);
+  return some;
+}
+
 // What a block reads, on arrays of exactly their sizes.
 struct Sample {
   const Sequences sequences{3};
@@ -32,8 +39,10 @@ struct Sample {
   const std::vector<float> cosine = numbers(T * d), sine = numbers(T * d);
   const std::vector<float> keys = sequences.pool(G, d, true), values = sequences.pool(G, d, false);
 
-  moesaic_block_step block() const {
+  // With room for what it gives of the tokens that are kept, all of them if that is NULL.
+  moesaic_block_step block(const std::vector<int64_t>* kept) const {
     moesaic_block_step block{};
+    block.kept = kept ? kept->data() : nullptr, block.num_kept = kept ? int64_t(kept->size()) : -1;
     block.attention_norm = block.feed_forward_norm = norm.data(), block.norm_eps = 1e-6f, block.residual = 0.5f;
     block.query = {query.view(), bias.data()}, block.key = {key.view(), nullptr};
     block.value = {value.view(), nullptr}, block.output = {output.view(), nullptr};
@@ -48,35 +57,36 @@ struct Sample {
     return block;
   }
 
-  Given room() const {
-    const size_t N = size_t(T * K);
-    return {std::vector<float>(x.size()), std::vector<float>(size_t(T * E)), std::vector<float>(N), keys, values,
+  Given room(int64_t R) const {
+    const size_t N = size_t(R * K);
+    return {std::vector<float>(size_t(R * D)), std::vector<float>(size_t(R * E)), std::vector<float>(N), keys, values,
             std::vector<int64_t>(N)};
   }
 };
 
-Given in_one_call(const Sample& sample, int threads) {
-  moesaic_block_step block = sample.block();
-  Given given = sample.room();
+Given in_one_call(const Sample& sample, int threads, const std::vector<int64_t>* kept) {
+  moesaic_block_step block = sample.block(kept);
+  Given given = sample.room(kept ? block.num_kept : sample.T);
   block.attention.keys = given.keys.data(), block.attention.values = given.values.data();
   expect(moesaic_block(&block, sample.x.data(), threads, given.y.data(), given.logits.data(), given.expert_ids.data(),
                        given.weights.data()) == 0, "block");
   return given;
 }
 
-Given in_steps(const Sample& sample, int threads) {
-  moesaic_block_step block = sample.block();
-  Given given = sample.room();
+Given in_steps(const Sample& sample, int threads, const std::vector<int64_t>* kept) {
+  moesaic_block_step block = sample.block(kept);
+  const int64_t R = kept ? block.num_kept : sample.T;
+  Given given = sample.room(R);
   block.attention.keys = given.keys.data(), block.attention.values = given.values.data();
-  const int64_t T = sample.T, D = sample.D, E = sample.E, N = T * sample.K;
-  std::vector<float> normed(sample.x.size()), update(sample.x.size()), rows(size_t(N * D));
-  std::vector<int32_t> plan(size_t(moesaic_plan_size(T, N, E)));
+  const int64_t D = sample.D, E = sample.E, N = R * sample.K;
+  std::vector<float> normed(size_t(R * D)), update(size_t(R * D)), rows(size_t(N * D));
+  std::vector<int32_t> plan(size_t(moesaic_plan_size(R, N, E)));
   expect(moesaic_block_attend(&block, sample.x.data(), threads, given.y.data(), normed.data()) == 0, "attend");
   expect(moesaic_block_route(&block, normed.data(), threads, given.logits.data(), given.expert_ids.data(),
                              given.weights.data(), plan.data()) == 0, "route");
   moesaic_packed_experts experts = block.experts;
-  experts.num_tokens = T, experts.num_rows = N, experts.x = normed.data();
-  experts.plan = moesaic_plan_view(plan.data(), T, N, E);
+  experts.num_tokens = R, experts.num_rows = N, experts.x = normed.data();
+  experts.plan = moesaic_plan_view(plan.data(), R, N, E);
   expect(moesaic_packed_experts_rows(&experts, threads, "", rows.data()) == 0, "rows");
   expect(moesaic_block_finish(&block, plan.data(), rows.data(), given.weights.data(), threads, update.data(),
                               given.y.data()) == 0, "finish");
@@ -87,7 +97,7 @@ Given in_steps(const Sample& sample, int threads) {
 // steps.
 void test_block() {
   const Sample sample;
-  Given given = in_one_call(sample, 1);
+  Given given = in_one_call(sample, 1, nullptr);
   for (const float each : given.y) expect(std::isfinite(each), "block: not finite");
   for (const int64_t id : given.expert_ids) expect(id >= 0 && id < sample.E, "block: no such expert");
   const auto comparable = [](Given some) {
@@ -95,8 +105,18 @@ void test_block() {
     return some;
   };
   given = comparable(given);
-  expect(comparable(in_one_call(sample, 3)) == given, "block: the number of threads changes it");
-  for (const int threads : {1, 3}) expect(comparable(in_steps(sample, threads)) == given, "block in steps");
+  expect(comparable(in_one_call(sample, 3, nullptr)) == given, "block: the number of threads changes it");
+  for (const int threads : {1, 3}) expect(comparable(in_steps(sample, threads, nullptr)) == given, "block in steps");
+
+  std::vector<int64_t> kept(size_t(below(sample.T + 1)));
+  for (int64_t& token : kept) token = below(sample.T);
+  const Given some = {rows_of(given.y, sample.D, kept), rows_of(given.logits, sample.E, kept),
+                      rows_of(given.weights, sample.K, kept), given.keys, given.values,
+                      rows_of(given.expert_ids, sample.K, kept)};
+  for (const int threads : {1, 3}) {
+    expect(comparable(in_one_call(sample, threads, &kept)) == some, "block of kept tokens");
+    expect(comparable(in_steps(sample, threads, &kept)) == some, "block of kept tokens in steps");
+  }
 }
 
 }  // namespace

@@ -11,6 +11,12 @@
 
 namespace {
 
+int linear(const moesaic_packed& weight, const float* bias, const float* x, int64_t T, int threads, const char* name,
+           float* y) {
+  const moesaic_packed_layer layer{weight, bias};
+  return moesaic_packed_linear(&layer, 1, x, T, threads, name, &y);
+}
+
 // A row in whole multiples of each group's scale, and how far the computed one may be from it.
 struct Rounded {
   std::vector<double> values, scales, errors;  // (K)
@@ -93,7 +99,7 @@ void test_linear(int64_t most_rows) {
   for (const char* const* name = moesaic_packed_kernels(); *name; ++name) {
     std::vector<float> y(size_t(T * N)), again(size_t(T * N));
     const auto run = [&](int threads, std::vector<float>& out) {
-      return moesaic_packed_linear(&weight, biased ? bias.data() : nullptr, x.data(), T, threads, *name, out.data());
+      return linear(weight, biased ? bias.data() : nullptr, x.data(), T, threads, *name, out.data());
     };
     expect(run(1, y) == 0, "linear");
     expect(run(2 + int(below(2)), again) == 0, "linear on threads");
@@ -282,7 +288,7 @@ void test_what_is_not_finite_stays_so() {
   for (const char* const* name = moesaic_packed_kernels(); *name; ++name) {
     std::vector<float> x = numbers(2 * 70, 1), y(2 * 20);
     x[size_t(below(70))] = float(bad[below(2)]);
-    expect(moesaic_packed_linear(&weight, nullptr, x.data(), 2, 1, *name, y.data()) == 0, "linear");
+    expect(linear(weight, nullptr, x.data(), 2, 1, *name, y.data()) == 0, "linear");
     for (int n = 0; n < 20; ++n) {
       expect(!std::isfinite(y[size_t(n)]), std::string(*name) + ": finite results of what is not");
       expect(std::isfinite(y[size_t(20 + n)]), std::string(*name) + ": another row's numbers");
@@ -290,21 +296,42 @@ void test_what_is_not_finite_stays_so() {
   }
 }
 
+void test_layers_of_the_same_inputs() {
+  const int64_t T = below(30), K = 1 + below(300), several = 2 + below(3);
+  const std::vector<float> x = numbers(T * K), bias = numbers(100);
+  std::vector<Packed> matrices;
+  for (int64_t i = 0; i < several; ++i) matrices.emplace_back(1, 1 + below(100), K);
+  std::vector<moesaic_packed_layer> layers;
+  for (const Packed& matrix : matrices) layers.push_back({matrix.view(), below(2) ? bias.data() : nullptr});
+  for (const char* const* name = moesaic_packed_kernels(); *name; ++name) {
+    std::vector<std::vector<float>> together, alone;
+    std::vector<float*> ys;
+    for (const Packed& matrix : matrices) together.emplace_back(size_t(T * matrix.N)), alone.push_back(together.back());
+    for (std::vector<float>& y : together) ys.push_back(y.data());
+    expect(moesaic_packed_linear(layers.data(), several, x.data(), T, 1 + int(below(3)), *name, ys.data()) == 0, "layers");
+    for (int64_t i = 0; i < several; ++i) {
+      const moesaic_packed_layer& layer = layers[size_t(i)];
+      expect(linear(layer.weight, layer.bias, x.data(), T, 1, *name, alone[size_t(i)].data()) == 0, "layer");
+    }
+    expect(together == alone, std::string(*name) + ": layers of the same inputs give other numbers together");
+  }
+}
+
 void test_no_rows_are_no_failure() {
   const Packed packed(1, 20, 70);
   const moesaic_packed weight = packed.view();
-  expect(moesaic_packed_linear(&weight, nullptr, nullptr, 0, 2, "", nullptr) == 0, "linear without rows");
+  expect(linear(weight, nullptr, nullptr, 0, 2, "", nullptr) == 0, "linear without rows");
 }
 
 void test_wrong_formats_are_refused() {
   const Packed packed(1, 20, 70);
   std::vector<float> x(70), y(20);
   moesaic_packed weight = packed.view();
-  expect(moesaic_packed_linear(&weight, nullptr, x.data(), 1, 1, "mmx", y.data()) == -1, "instruction set mmx");
+  expect(linear(weight, nullptr, x.data(), 1, 1, "mmx", y.data()) == -1, "instruction set mmx");
   weight.group_size = 48;
-  expect(moesaic_packed_linear(&weight, nullptr, x.data(), 1, 1, "", y.data()) == -3, "groups of 48");
+  expect(linear(weight, nullptr, x.data(), 1, 1, "", y.data()) == -3, "groups of 48");
   weight = packed.view(), weight.bits = 5;
-  expect(moesaic_packed_linear(&weight, nullptr, x.data(), 1, 1, "", y.data()) == -3, "5 bits");
+  expect(linear(weight, nullptr, x.data(), 1, 1, "", y.data()) == -3, "5 bits");
   const Layer layer(10, 32, 32);
   moesaic_packed_experts experts = layer.view();
   experts.down.columns += 1;
@@ -321,6 +348,7 @@ int main(int argc, char** argv) {
   for (int64_t i = arguments.get(2, 40); i > 0; --i) {
     test_what_is_not_finite_stays_so();
     test_linear(most_rows);
+    test_layers_of_the_same_inputs();
     test_layer(most_rows);
     test_parts_give_what_the_whole_gives();
   }

@@ -240,7 +240,8 @@ class Engine:
             logits_1RV = self.model(
                 torch.tensor([ids], device=device),
                 kv=self._kv.batch(sequences),
-                logits_to_keep=torch.tensor(rows, device=device, dtype=torch.int64),
+                logits_to_keep=None if len(rows) == len(ids) else torch.tensor(rows, device=device, dtype=torch.int64),
+                skip_others=not any(share.sequence.request.routed_experts for share in shares),
                 routings=routings,
             )
         self._traffic.observe(len(shares), len(ids))

@@ -1,6 +1,6 @@
 """One layer of the decoder: attention, then a feed-forward, each beside the residual stream.
 
-B batch, L new tokens, D hidden size.
+B batch, L new tokens, R of them that go on after attention, D hidden size.
 """
 
 from dataclasses import dataclass
@@ -45,14 +45,21 @@ class Block(nn.Module):
         self.feed_forward_norm = make_norm(config)
         self.feed_forward = make_feed_forward(config, layer_index, backend)
 
-    def forward(self, x: Tensor, context: AttentionContext, seen: RoutingContext) -> tuple[Tensor, BlockRouting]:
-        """x (B, L, D); `seen` is what routers may know."""
-        step = block_step(self, x, context, seen)
+    def forward(
+        self, x: Tensor, context: AttentionContext, seen: RoutingContext, kept: Tensor | None = None
+    ) -> tuple[Tensor, BlockRouting]:
+        """x (B, L, D) -> (B, L, D), or (B, R, D) where the tokens `kept` (R,) alone go on after attention.
+
+        `seen` is what routers may know, of all L tokens.
+        """
+        step = block_step(self, x, context, seen, kept)
         if step is not None:
             y, *routed = step(x)
             return y, BlockRouting(routing_of_step(self, *routed) if seen.is_read else None)
         update = self.attention(self._input(x, self.attention_norm), context)
         x = self._add(x, update, self.attention_norm)
+        if kept is not None:
+            x, seen = x[:, kept], seen.of_tokens(kept)
         update, routing = self._feed_forward(self._input(x, self.feed_forward_norm), seen)
         return self._add(x, update, self.feed_forward_norm), routing
 

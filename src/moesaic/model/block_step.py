@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from moesaic.model.block import Block
 
 
-def block_step(block: "Block", x: Tensor, context: AttentionContext, seen: RoutingContext) -> BlockStep | None:
+def block_step(
+    block: "Block", x: Tensor, context: AttentionContext, seen: RoutingContext, kept: Tensor | None
+) -> BlockStep | None:
     """For x (1, T, D): the whole block as one operator, or None where its parts have to be called one by one.
 
     They have to where anybody may look at what is between them, through hooks.
@@ -55,6 +57,7 @@ def block_step(block: "Block", x: Tensor, context: AttentionContext, seen: Routi
         attention=attention.step(context, kv),
         router=moe.router.step(),
         experts=moe.experts.store or moe.experts.weights(x.dtype),
+        kept=kept,
     )
 
 

@@ -3,7 +3,7 @@
 B sequences, L positions, T = B x L tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,17 @@ class RoutingContext:
 
     is_read: bool = True
     """Whether somebody reads what the routers decide, outside the layers."""
+
+    def of_tokens(self, index: Tensor) -> "RoutingContext":
+        """Of tokens number `index` (n,) of each sequence alone, for routers that choose anew."""
+        assert self.replay is None
+        mask, keys = self.mask, self.noise_keys
+        return replace(
+            self,
+            tokens=self.tokens[:, index],
+            mask=None if mask is None else mask[:, index],
+            noise_keys=None if keys is None else keys[:, index],
+        )
 
     @property
     def flat_mask(self) -> Tensor | None:

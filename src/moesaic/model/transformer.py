@@ -3,7 +3,7 @@
 B batch, L new tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
@@ -68,6 +68,7 @@ class Transformer(nn.Module):
         replay: Sequence[Routing] | None = None,
         noise_keys: Tensor | None = None,
         logits_to_keep: int | Tensor | None = None,
+        skip_others: bool = False,
     ) -> Tensor:
         """tokens (B, L) int64 -> logits (B, L, V).
 
@@ -81,6 +82,8 @@ class Transformer(nn.Module):
             replay: such a list of an earlier pass over as many tokens, whose experts are chosen again and weighed anew.
             noise_keys: (B,) int64, from which routers with noise draw it in training; default: torch's generator.
             logits_to_keep: compute logits for this many last tokens of each row only, or for those numbers (n,).
+            skip_others: nor does the last feed-forward compute the others, which its Routing then lacks, unless its
+                router has to see all.
         """
         implied_positions = positions is None
         positions = self._positions(tokens, positions, kv)
@@ -89,21 +92,21 @@ class Transformer(nn.Module):
             self._require_cacheable()
             kv.extend(positions)
         context = make_attention_context(self.config, positions, kv, plainly_causal=plainly_causal)
-        mask = None if implied_positions or bool((positions >= 0).all()) else positions >= 0
-        keys_BL = None if noise_keys is None else combine(noise_keys.unsqueeze(1), positions)
-        recorded = self._recorded_choices(replay, tokens.numel())
-        is_read = routings is not None or depth_routings is not None
+        kept_n = _numbers(logits_to_keep, tokens.shape[1])
+        skips = kept_n is not None and skip_others and replay is None and self._last_tokens_are_independent
+        seen_by_layer = self._routing_contexts(
+            tokens,
+            mask=None if implied_positions or bool((positions >= 0).all()) else positions >= 0,
+            noise_keys=None if noise_keys is None else combine(noise_keys.unsqueeze(1), positions),
+            recorded=self._recorded_choices(replay, tokens.numel()),
+            is_read=routings is not None or depth_routings is not None,
+        )
 
         x_BLD = self._embed(tokens)
-        for index, block in enumerate(self.blocks):
-            seen = RoutingContext(
-                tokens=tokens,
-                mask=mask,
-                noise_keys=None if keys_BL is None else combine(keys_BL, index),
-                replay=recorded.get(index),
-                is_read=is_read,
-            )
-            if self.activation_checkpointing and torch.is_grad_enabled() and kv is None:
+        for index, (block, seen) in enumerate(zip(self.blocks, seen_by_layer, strict=True)):
+            if skips and index == len(self.layers) - 1:
+                x_BLD, routing = block(x_BLD, context, seen, kept_n)
+            elif self.activation_checkpointing and torch.is_grad_enabled() and kv is None:
                 x_BLD, routing = _checkpointed(block, x_BLD, context, seen)
             else:
                 x_BLD, routing = block(x_BLD, context, seen)
@@ -111,8 +114,8 @@ class Transformer(nn.Module):
                 routings.append(routing.experts)
             if depth_routings is not None and routing.depth is not None:
                 depth_routings.append(routing.depth)
-        if logits_to_keep is not None:
-            x_BLD = x_BLD[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)]
+        if kept_n is not None and not skips:
+            x_BLD = x_BLD[:, kept_n]
         return self._logits(self.norm(x_BLD))
 
     @property
@@ -150,6 +153,33 @@ class Transformer(nn.Module):
         has_head = hasattr(self, "lm_head")
         logits_BLV = self.lm_head(x) if has_head else linear(x, self.embed_tokens.weight)
         return logits_BLV if self.config.logits_scaling == 1.0 else logits_BLV / self.config.logits_scaling
+
+    def _routing_contexts(
+        self,
+        tokens: Tensor,
+        *,
+        mask: Tensor | None,
+        noise_keys: Tensor | None,
+        recorded: Mapping[int, tuple[Choice, ...]],
+        is_read: bool,
+    ) -> list[RoutingContext]:
+        """Of each layer; mask and noise_keys (B, L), the keys' noise differs from layer to layer."""
+        return [
+            RoutingContext(
+                tokens=tokens,
+                mask=mask,
+                noise_keys=None if noise_keys is None else combine(noise_keys, index),
+                replay=recorded.get(index),
+                is_read=is_read,
+            )
+            for index in range(self.config.num_hidden_layers)
+        ]
+
+    @property
+    def _last_tokens_are_independent(self) -> bool:
+        """Whether what the last block gives a token depends on no other token's experts."""
+        last = self.config.num_hidden_layers - 1
+        return not self.training and not self.config.looks_ahead and last not in self.config.depth_layers
 
     def _recorded_choices(self, replay: Sequence[Routing] | None, num_tokens: int) -> dict[int, tuple[Choice, ...]]:
         """By layer, what its router is to choose."""
@@ -200,6 +230,17 @@ class Transformer(nn.Module):
             return given
         steps_L = torch.arange(tokens.shape[1], device=tokens.device)
         return steps_L.expand(tokens.shape) if kv is None else kv.next_positions.unsqueeze(1) + steps_L
+
+
+def _numbers(kept: int | Tensor | None, length: int) -> Tensor | None:
+    """(n,) int64: which of so many tokens are kept, those numbers or the last ones. None: all."""
+    if kept is None:
+        return None
+    if isinstance(kept, int):
+        return torch.arange(max(length - kept, 0), length)
+    if kept.device.type == "cpu" and len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < length:
+        raise UsageError(f"logits of tokens {int(kept.min())} to {int(kept.max())} are to be kept, of {length}")
+    return kept.contiguous()
 
 
 def _checkpointed(

@@ -3,7 +3,7 @@
 Between the calls of a step of a few tokens the interpreter and torch have to come back into the caches, from which the
 weights of every product push them out; that takes a fifth of a token's time.
 
-T new tokens of all sequences, D hidden size, E experts, K experts per token.
+T new tokens of all sequences, R of them that go on after attention, D hidden size, E experts, K experts per token.
 """
 
 from dataclasses import dataclass
@@ -41,6 +41,8 @@ class BlockStep:
     router: RouterStep
     experts: ExpertWeights | ExpertStore
     """Packed."""
+    kept: Tensor | None = None
+    """(R,) int64: the tokens that go on after attention. None: all do."""
 
     def __post_init__(self) -> None:
         for name in ("attention_norm", "feed_forward_norm"):
@@ -50,18 +52,18 @@ class BlockStep:
             object.__setattr__(self, name, (weight, float32(bias)))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (1, T, D) float32 -> (1, T, D), and what the router says: logits (T, E), experts (T, K) int64 and weights
-        (T, K). Keys and values go into the cache."""
+        """x (1, T, D) float32 -> (1, R, D), and what the router says: logits (R, E), experts (R, K) int64 and weights
+        (R, K). Keys and values of all T go into the cache."""
         x = x.contiguous()
-        num_tokens, top_k = x.shape[1], self.router.top_k
+        num_kept, top_k = x.shape[1] if self.kept is None else len(self.kept), self.router.top_k
         routed = (
-            x.new_empty(num_tokens, len(self.router.weight)),
-            torch.empty(num_tokens, top_k, dtype=torch.int64),
-            x.new_empty(num_tokens, top_k),
+            x.new_empty(num_kept, len(self.router.weight)),
+            torch.empty(num_kept, top_k, dtype=torch.int64),
+            x.new_empty(num_kept, top_k),
         )
         if not isinstance(self.experts, ExpertWeights):
             return self._with_store(x, self.experts, *routed), *routed
-        y, experts = torch.empty_like(x), with_float32_biases(self.experts)
+        y, experts = x.new_empty(1, num_kept, x.shape[2]), with_float32_biases(self.experts)
         outputs = tuple(map(address, (y, *routed)))
         status = native().block(
             self._described(x), described_experts(experts), x.data_ptr(), torch.get_num_threads(), outputs
@@ -69,21 +71,21 @@ class BlockStep:
         raise_for(status, "", native().packed_kernels)
         return y, *routed
 
-    def _with_store(self, x: Tensor, store: ExpertStore, logits: Tensor, ids: Tensor, weights_TK: Tensor) -> Tensor:
+    def _with_store(self, x: Tensor, store: ExpertStore, logits: Tensor, ids: Tensor, weights_RK: Tensor) -> Tensor:
         """In several calls: which experts have to come is known after the first."""
         described_step, threads, kernels = self._described(x), torch.get_num_threads(), native()
         (num_experts, hidden_size), num_rows = self.router.weight.shape, ids.numel()
-        y, normed_TD = torch.empty_like(x), x.new_empty(len(ids), hidden_size)
+        y, normed_RD = x.new_empty(1, len(ids), hidden_size), x.new_empty(len(ids), hidden_size)
         plan = torch.empty(kernels.plan_size(len(ids), num_rows, num_experts), dtype=torch.int32)
-        outputs = tuple(map(address, (y, normed_TD, logits, ids, weights_TK, plan)))
+        outputs = tuple(map(address, (y, normed_RD, logits, ids, weights_RK, plan)))
         raise_for(kernels.block_route(described_step, x.data_ptr(), threads, outputs), "", kernels.packed_kernels)
 
         rows_ND = x.new_empty(num_rows, hidden_size)
-        with store.chunks(ids.flatten(), normed_TD) as chunks:
+        with store.chunks(ids.flatten(), normed_RD) as chunks:
             for weights in chunks:
-                packed_rows(normed_TD, plan, with_float32_biases(weights), rows_ND)
+                packed_rows(normed_RD, plan, with_float32_biases(weights), rows_ND)
         status = kernels.block_finish(
-            described_step, *map(address, (plan, rows_ND, weights_TK)), threads, address(normed_TD), y.data_ptr()
+            described_step, *map(address, (plan, rows_ND, weights_RK)), threads, address(normed_RD), y.data_ptr()
         )
         raise_for(status, "", kernels.packed_kernels)
         return y
@@ -95,6 +97,7 @@ class BlockStep:
             tuple(_described_linear(*each) for each in (self.query, self.key, self.value, self.output)),
             self.attention.described(x.shape[1]),
             self.router.described(),
+            (address(self.kept), -1 if self.kept is None else len(self.kept)),
         )
 
 
