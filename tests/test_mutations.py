@@ -243,6 +243,48 @@ MUTATIONS = (
         "combine(torch.arange(len(tokens)).unsqueeze(1), positions)",
         INVARIANCE + "[noisy_topk]",
     ),
+    Mutation(
+        "the stack distance counts the expert itself",
+        "analysis/locality.py",
+        "(before_ET > own_T)",
+        "(before_ET >= own_T)",
+        "analysis/test_locality.py::test_the_curve_equals_simulated_caches",
+    ),
+    Mutation(
+        "the baseline shuffles single tokens, and what only lasts looks like meaning",
+        "analysis/specialisation.py",
+        "order_S[places] = generator.permutation(start_B)[:, None] + inside",
+        "order_S = generator.permutation(len(self.kept))",
+        "analysis/test_specialisation.py::test_what_only_lasts_is_not_called_meaning",
+    ),
+    Mutation(
+        "a damaged trace is read",
+        "analysis/trace.py",
+        "if sha256_of(path) != digest:",
+        "if False:",
+        "analysis/test_trace.py::test_damage_is_one_clear_error",
+    ),
+    Mutation(
+        "REAP sums where it should take the mean, so that load decides",
+        "analysis/expert_scores.py",
+        "        return self.contribution / self.tokens.clamp_min(1)",
+        "        return self.contribution",
+        "analysis/test_expert_scores.py::test_scores_are_those_of_a_plain_loop",
+    ),
+    Mutation(
+        "merged experts keep the order of their own hidden units",
+        "checkpoint/merge.py",
+        "        order_F = match(likeness_FF)",
+        "        order_F = torch.arange(len(likeness_FF))",
+        "checkpoint/test_merge.py::test_merging_two_identical_experts_changes_nothing",
+    ),
+    Mutation(
+        "the last feed-forward computes other tokens than those that are kept",
+        "model/block.py",
+        "            x, seen = x[:, kept], seen.of_tokens(kept)",
+        "            x, seen = x[:, -len(kept) :], seen.of_tokens(kept)",
+        "model/test_skip_others.py::test_what_is_kept_is_as_if_all_were",
+    ),
 )
 
 

@@ -133,7 +133,9 @@ async def _ask(load: Load, rng: random.Random) -> Told:
     asked = rng.randint((load.new_tokens + 1) // 2, load.new_tokens + load.new_tokens // 2)
     body = {"prompt": prompt, "max_tokens": asked, "temperature": 0, "ignore_eos": True, "stream": True}
     payload = json.dumps(body | {"stream_options": {"include_usage": True}}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(payload)}\r\n"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: {len(payload)}\r\n"
+    )
     told = Told(time.monotonic(), asked)
     try:
         async with asyncio.timeout(PATIENCE):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moesaic.analysis.record import record_routing, replay_routing
+    from moesaic.analysis.trace import read_trace
     from moesaic.checkpoint.load import load, load_tokenizer
     from moesaic.config import ModelConfig, MoEConfig, TrainConfig
     from moesaic.engine.generate import generate
@@ -24,6 +25,7 @@ _HOME = {
     "load_tokenizer": "moesaic.checkpoint.load",
     "generate": "moesaic.engine.generate",
     "record_routing": "moesaic.analysis.record",
+    "read_trace": "moesaic.analysis.trace",
     "replay_routing": "moesaic.analysis.record",
     "ModelConfig": "moesaic.config",
     "MoEConfig": "moesaic.config",
@@ -40,6 +42,7 @@ __all__ = [
     "generate",
     "load",
     "load_tokenizer",
+    "read_trace",
     "record_routing",
     "replay_routing",
 ]

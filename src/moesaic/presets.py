@@ -1,10 +1,14 @@
 """Named models: fields of `ModelConfig` to start from, in TOML as `preset = "NAME"`.
 
-`demo-sparse` and `demo-dense` are twins: the same attention, and per token the same feed-forward work.
+`demo-sparse` and `demo-dense` are twins: the same attention, and per token the same feed-forward work. The others have
+the shapes of published models; those that a config cannot express in full, or that name every layer, are for
+`moesaic plan` alone.
 """
 
 from collections.abc import Mapping
 from typing import Any
+
+from moesaic.published_models import PUBLISHED
 
 _DEMO = {
     "vocab_size": 2048,
@@ -30,4 +34,5 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     # 8 units wider than 4 x 64: the router's work, given to the dense twin.
     "demo-dense": {**_DEMO, "intermediate_size": 264},
+    **{name: one.config for name, one in PUBLISHED.items() if not one.extra and "layer_types" not in one.config},
 }

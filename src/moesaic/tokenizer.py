@@ -29,13 +29,8 @@ _KNOWN_EOS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 _MIN_BPE_VOCABULARY = 257
 _STANDARD_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CONVERTIBLE = (
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tiktoken.model",
-    "vocab.json",
-    "vocab.txt",
-)
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "vocab.json", "vocab.txt",
+)  # fmt: skip
 """Files of older kinds of tokenizer, from which transformers makes a tokenizer.json."""
 _MAX_TOKEN_ID = 2**22
 """Some ten times the largest vocabulary there is; tables are as long as the largest id."""
@@ -78,9 +73,11 @@ class Tokenizer:
         template takes `parse_special_tokens`, which turns the names of special tokens into their ids.
         """
         try:
-            text.encode("utf-8")
+            text_bytes = text.encode("utf-8")
         except UnicodeEncodeError as error:  # command-line bytes that were not UTF-8 arrive like this
             raise UsageError(f"character {error.start} of the text cannot be written as UTF-8; remove it") from error
+        if self._is_bytes and not parse_special_tokens:
+            return list(text_bytes)
         with self._lock, _no_ids_refused():  # the flag belongs to the shared Rust object
             self._rust.encode_special_tokens = not parse_special_tokens
             # As a batch of one: unlike `encode` it lets other threads run, and finds no offsets that nobody wants.
@@ -98,9 +95,9 @@ class Tokenizer:
         """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return self._rust.decode(list(ids), skip_special_tokens=True)
 
-    def decoder(self) -> "StreamDecoder":
-        """A decoder that takes one id at a time."""
-        return StreamDecoder(self)
+    def decoder(self, after: Sequence[int] = ()) -> "StreamDecoder":
+        """A decoder that takes one id at a time, of a text that goes on after the ids `after`."""
+        return StreamDecoder(self, after)
 
     def token_bytes(self) -> list[int]:
         """For each id of the vocabulary how many bytes of UTF-8 text it stands for; 0 for special tokens.
@@ -195,7 +192,8 @@ class Tokenizer:
         model = self._structure["model"]
         only_special_added = all(token["special"] for token in self._structure["added_tokens"])
         only_bytes = model["type"] == "BPE" and not model["merges"] and model["vocab"] == byte_alphabet()
-        return only_bytes and only_special_added and self._structure["normalizer"] is None
+        alone = self._structure["normalizer"] is None and self._structure["post_processor"] is None
+        return only_bytes and only_special_added and alone
 
     def _special_id(self, role: str) -> int | None:
         return self._vocabulary.get(self._special_names.get(role, ""))
@@ -210,13 +208,16 @@ class StreamDecoder:
     """Text as ids arrive. Text that later bytes may still change is held back until it is whole.
 
     The pieces of `push` and the last one of `flush` add up to `decode` of all ids; where byte tokens of a SentencePiece
-    tokenizer are not UTF-8, only the number of U+FFFD may differ.
+    tokenizer are not UTF-8, only the number of U+FFFD may differ. After other ids: to what those do not have
+    alone, the first space too.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._context: list[int] = []
-        self._pending: list[int] = []
+        last = list(after[-64:])  # more than the special tokens that may stand before a text
+        if len(after) > len(last):  # from a whole character on: after a part of one, some decoders see none at all
+            last = next((last[i:] for i in range(4) if not tokenizer.decode(last[i:]).startswith("\ufffd")), last)
+        self._context, self._pending, self._goes_on = last, list[int](), bool(last)
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this id, often one token's, sometimes empty."""
@@ -224,19 +225,23 @@ class StreamDecoder:
         text = self._new_text()
         if not text or text.endswith("\ufffd"):  # an incomplete character decodes to U+FFFD
             return ""
-        self._context, self._pending = self._pending, []
+        self._context = self._context + self._pending if self._goes_on else self._pending
+        self._pending, self._goes_on = [], False
         return text
 
     def flush(self) -> str:
         """What is still held back, when no more ids come."""
         text = self._new_text()
-        self._context, self._pending = [], []
+        self._context, self._pending, self._goes_on = [], [], False
         return text
 
     def _new_text(self) -> str:
         """Decoded after the piece before it, since some tokenizers drop the first space of a text."""
         known = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._pending)[len(known) :]
+        text = self._tokenizer.decode(self._context + self._pending)
+        while self._goes_on and not text.startswith(known):  # a U+FFFD at its end has become a character
+            known = known[:-1]
+        return text[len(known) :]
 
 
 def byte_tokenizer() -> Tokenizer:

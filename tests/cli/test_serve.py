@@ -125,3 +125,28 @@ def test_an_open_door_without_a_key_is_warned_of(model_directory: Path) -> None:
     assert "anybody who reaches 0.0.0.0" in run("-c", code, str(model_directory), "0.0.0.0").stderr
     assert run("-c", code, str(model_directory), "127.0.0.1").stderr == ""
     assert run("-c", code, str(model_directory), "0.0.0.0", "--api-key", "x").stderr == ""
+
+
+def test_a_server_without_a_key_answers_to_names_of_this_machine_alone(model_directory: Path) -> None:
+    with command(model_directory, "--allowed-host", "proxy.example") as (_, url):
+        for host, status in (("proxy.example", 200), ("localhost:1", 200), ("evil.example", 403)):
+            answer = httpx.get(f"{url}/v1/models", headers={"Host": host}, trust_env=False)
+            assert answer.status_code == status
+        assert answer.json()["error"]["message"].endswith("or start it with --allowed-host evil.example")
+    with command(model_directory, "--api-key", "k") as (_, url):
+        headers = {"Host": "evil.example", "Authorization": "Bearer k"}
+        assert httpx.get(f"{url}/v1/models", headers=headers, trust_env=False).status_code == 200
+
+
+def test_who_still_waits_after_the_drain_is_told(model_directory: Path) -> None:
+    flags = ("--drain-timeout", "0.01", "--max-sequences", "1")
+    with command(model_directory, *flags) as (process, url):
+        body = {"prompt": ["abc"] * 40, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60, trust_env=False) as begun:
+            lines = begun.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            data = [line.removeprefix("data: ") for line in lines if line]
+        assert data[-1] == "[DONE]"
+        assert "stopped before the text was finished" in json.loads(data[-2])["error"]["message"]
+        assert process.wait(timeout=30) == 0

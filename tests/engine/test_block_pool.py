@@ -13,8 +13,8 @@ BLOCK = 32
 def test_a_beginning_is_found_block_by_block_and_leaves_a_token_to_compute() -> None:
     pool, ids = BlockPool(8), [random.randrange(9) for _ in range(3 * BLOCK)]
     blocks = pool.take(3)
-    assert pool.remember(blocks, ids[: BLOCK + 5], 0) == 1
-    assert pool.remember(blocks, ids, 1) == 3
+    assert pool.remember(blocks, ids, BLOCK + 5, 0) == 1
+    assert pool.remember(blocks, ids, len(ids), 1) == 3
     pool.give_back(blocks)
     assert (pool.num_free, pool.num_used) == (8, 0)
     for length, expected in ((0, 0), (BLOCK, 0), (BLOCK + 1, 1), (3 * BLOCK, 2), (3 * BLOCK + 1, 3)):
@@ -31,7 +31,7 @@ def test_the_oldest_beginnings_leave_first_and_their_ends_before_them() -> None:
     texts = [[number] * (2 * BLOCK) for number in range(3)]
     for ids in texts[:2]:
         blocks = pool.take(2)
-        pool.remember(blocks, ids, 0)
+        pool.remember(blocks, ids, len(ids), 0)
         pool.give_back(blocks)
     pool.take(1)
     assert [len(pool.take_beginning([*ids, 0])) for ids in texts] == [1, 2, 0]
@@ -40,7 +40,7 @@ def test_the_oldest_beginnings_leave_first_and_their_ends_before_them() -> None:
 def test_nothing_is_kept_where_that_is_not_wanted() -> None:
     pool, ids = BlockPool(2, keeps_beginnings=False), [1] * (BLOCK + 1)
     blocks = pool.take(2)
-    assert pool.remember(blocks, ids, 0) == 0
+    assert pool.remember(blocks, ids, len(ids), 0) == 0
     pool.give_back(blocks)
     assert pool.take_beginning(ids) == []
 
@@ -76,7 +76,7 @@ def test_many_texts_never_share_a_block_that_is_written() -> None:
         blocks += fresh
         for index in range(known, len(blocks)):
             content[blocks[index]] = ids[: (index + 1) * BLOCK]
-        pool.remember(blocks, ids, known)
+        pool.remember(blocks, ids, len(ids), known)
         texts.append((ids, blocks, known))
         assert pool.num_used == len({block for _, taken, _ in texts for block in taken})
     for _, blocks, _ in texts:

@@ -278,3 +278,75 @@ def test_a_stop_string_that_is_no_special_token_is_text() -> None:
     text = TOKENIZER.decode(alone(model, greedy(prompt, max_tokens=20)))
     cut = min((text.index(stop) for stop in sampling.stop if stop in text), default=len(text))
     assert "".join(delta.text for delta in deltas) == text[:cut]
+
+
+def test_requests_come_together_or_not_at_all() -> None:
+    engine = Engine(make_model(), TOKENIZER, EngineConfig(max_sequences=2, max_waiting=3, max_waiting_tokens=1000))
+    requests = [greedy(random_ids(9), max_tokens=4) for _ in range(5)]
+    with pytest.raises(UsageError, match="prompt is empty"):
+        engine.submit_all([*requests[:2], greedy([])])
+    assert not engine.has_work
+    with pytest.raises(UsageError, match=r"6 texts .* 5 fit .*--max-waiting 4$"):
+        engine.submit_all([*requests, greedy([1])])
+    first = engine.submit_all(requests[:2])
+    with pytest.raises(OverloadedError, match="0 requests with 0 tokens are waiting already, and 4 more do not fit"):
+        engine.submit_all(requests[:4])
+    assert engine.statistics().waiting == 2
+    second = engine.submit_all(requests[2:])
+    assert len({*first, *second}) == 5
+    with pytest.raises(OverloadedError, match="3 requests with 27 tokens are waiting already;"):
+        engine.submit(requests[0])
+    finished = {handle for _ in range(30) for handle, delta in engine.step() if delta.finish_reason}
+    assert finished == {*first, *second}
+    assert len(engine.submit_all(requests)) == 5
+
+
+def test_tokens_of_prompts_count_once_though_they_are_computed_again() -> None:
+    """Two long prompts are read in pieces with room for little more than one, so that the second gives way in the
+    middle of its prompt; what it finds of its own then is not what others left it."""
+    preempted = 0
+    for _ in range(4):
+        blocks = random.randint(10, 12)
+        config = EngineConfig(
+            step_tokens=random.randint(16, 40), kv_memory=str(blocks * 3 * 2 * 2 * 16 * BLOCK * 4), max_model_tokens=300
+        )
+        engine, known = Engine(make_model(), TOKENIZER, config), random_ids(70)
+        requests = [greedy([*known, *random_ids(150)], max_tokens=random.randint(20, 60)) for _ in range(3)]
+        told = run(engine, requests)
+        statistics = engine.statistics()
+        assert statistics.prompt_tokens + statistics.cached_tokens == 3 * 220
+        reports = [delta.prompt for deltas in told.values() for delta in deltas if delta.prompt is not None]
+        assert len(reports) == 3
+        assert sum(report.cached_tokens for report in reports) == statistics.cached_tokens
+        assert {report.cached_tokens for report in reports} <= {0, 64}
+        preempted += statistics.preemptions
+    assert preempted
+
+
+class Counted(list):
+    """How many entries were copied out of it."""
+
+    copied = 0
+
+    def __getitem__(self, key):  # type: ignore[override]
+        value = super().__getitem__(key)
+        self.copied += len(value) if isinstance(key, slice) else 0
+        return value
+
+    def __add__(self, other):  # type: ignore[override]
+        self.copied += len(self)
+        return super().__add__(other)
+
+
+@pytest.mark.parametrize("prompt_lookup", [0, 4])
+def test_a_step_copies_no_more_of_a_text_than_it_computes(prompt_lookup: int) -> None:
+    engine = Engine(make_model(), TOKENIZER, EngineConfig(prompt_lookup=prompt_lookup))
+    engine.submit(greedy(random_ids(400), max_tokens=64))
+    engine.step()
+    (sequence,) = engine.scheduler.running
+    sequence.ids = Counted(sequence.ids)
+    engine.step()  # guesses index what is there when they begin
+    sequence.ids.copied = 0
+    for _ in range(10):
+        engine.step()
+    assert 10 <= sequence.ids.copied < 10 * (32 + 40)  # a full block is remembered, and guesses look at the end

@@ -8,7 +8,7 @@ import pytest
 from moesaic.config import EngineConfig
 from moesaic.engine.engine import Engine
 from moesaic.engine.request import Delta, OverloadedError, Request
-from moesaic.engine.service import EngineService
+from moesaic.engine.service import DeltaStream, EngineService
 from moesaic.errors import UsageError
 
 from .helpers import TOKENIZER, alone, greedy, ids_of, make_model, random_ids
@@ -115,5 +115,38 @@ def test_a_failing_engine_ends_every_stream_and_says_so(monkeypatch: pytest.Monk
         await until(lambda: not service.healthy)
         with pytest.raises(OverloadedError, match="engine has stopped"):
             await collected(service, greedy([1]))
+
+    with_service(act)
+
+
+def test_requests_come_together_or_not_at_all() -> None:
+    async def act(service: EngineService) -> None:
+        with pytest.raises(UsageError, match="prompt is empty"):
+            service.submit_all([greedy([1]), greedy([])])
+        requests = [greedy(random_ids(5), max_tokens=number) for number in (3, 4, 300)]
+        streams = service.submit_all(requests)
+        for stream, request in zip(streams[:2], requests[:2], strict=True):
+            assert ids_of([delta async for delta in stream]) == alone(service.engine.model, request)
+        for stream in (*streams, streams[0]):
+            stream.close()
+        await until(lambda: service.statistics().kv_blocks_used == 0)
+        assert service.statistics().finished == {"length": 2, "cancelled": 1}
+
+    with_service(act, EngineConfig(prefix_cache=False))
+
+
+def test_closing_ends_open_streams_as_cancelled_and_leaves_ended_ones() -> None:
+    async def act(service: EngineService) -> None:
+        short, *long = service.submit_all([greedy(random_ids(9), max_tokens=2)] + [greedy(random_ids(9), 400)] * 2)
+        await until(lambda: service.statistics().finished == {"length": 1})
+        reading = [asyncio.create_task(last_of(stream)) for stream in long]
+        await service.close()
+        assert [(await task).finish_reason for task in reading] == ["cancelled"] * 2
+        assert (await last_of(short)).finish_reason == "length"
+        await service.close()
+        assert not service.healthy
+
+    async def last_of(stream: DeltaStream) -> Delta:
+        return [delta async for delta in stream][-1]
 
     with_service(act)

@@ -119,3 +119,33 @@ def test_bytes_that_never_become_a_character_are_not_waited_for() -> None:
         released.append(released[-1] + len(assembly.push(0x80)))
     assert released[-1] >= 300 - 64
     assert released[-1] + len(assembly.flush()) == 300
+
+
+def test_tokens_are_told_once_their_text_begins_and_not_behind_a_stop() -> None:
+    """After each token, those that begin in the text so far: their characters are found by decoding all before them."""
+    stops_seen = 0
+    for _ in range(300):
+        ids = random_ids()
+        stop = tuple("".join(random.choices(ALPHABET, k=random.randint(1, 3))) for _ in range(random.randint(0, 3)))
+        assembly, told, text, count = TextAssembly(BYTES, stop), 0, "", 0
+        for count, token_id in enumerate(ids, 1):
+            text += assembly.push(token_id)
+            told += assembly.take_told()
+            assert told == sum(start < len(text) for start in starts_of(ids[:count]))
+            if assembly.stopped:
+                break
+        text += assembly.flush()
+        told += assembly.take_told()
+        behind = [start >= len(text) for start in starts_of(ids[:count])] if assembly.stopped else []
+        assert told == count - sum(behind)
+        stops_seen += assembly.stopped and any(behind)
+    assert stops_seen > 50
+
+
+def starts_of(ids: list[int]) -> list[int]:
+    """How many characters are certain before each token."""
+    decoder, starts, length = BYTES.decoder(), [], 0
+    for token_id in ids:
+        starts.append(length)
+        length += len(decoder.push(token_id))
+    return starts

@@ -48,8 +48,8 @@ class Steps:
         self.gate = threading.Event()
         self.gate.set()
         self._engine = engine
-        self._step, self._cancel, self._submit = engine.step, engine.cancel, engine.submit
-        for name in ("step", "cancel", "submit"):
+        self._step, self._cancel, self._submit_all = engine.step, engine.cancel, engine.submit_all
+        for name in ("step", "cancel", "submit_all"):
             monkeypatch.setattr(engine, name, getattr(self, name))
 
     def step(self) -> list[tuple[int, Delta]]:
@@ -63,10 +63,10 @@ class Steps:
         self._cancel(handle)
         self.unwanted.append(handle)
 
-    def submit(self, request: Any) -> int:
-        handle = self._submit(request)
-        self.submitted += 1
-        return handle
+    def submit_all(self, requests: list[Any]) -> list[int]:
+        handles = self._submit_all(requests)
+        self.submitted += len(handles)
+        return handles
 
     def check_all_ended_at_once(self, count: int) -> None:
         """One step after the last client's end was noticed nothing is in use, and no text goes on after its own."""
@@ -267,7 +267,7 @@ def crowd() -> Any:
 
 def test_ten_times_too_many_are_refused_and_nobody_is_lost(model_directory: Path, crowd: Any) -> None:
     """Medians, since this machine may have other work; the benchmark looks at the 99th percentile for a minute."""
-    with process_of(model_directory, "--max-sequences", "8", "--max-waiting", "4") as (_, port):
+    with process_of(model_directory, "--max-sequences", "8", "--max-waiting", "4", "--allowed-host", "x") as (_, port):
         crowd.Crowd(crowd.Load(port=port, seconds=0.5, clients=8)).told()
         alone = crowd.Crowd(crowd.Load(port=port, seconds=2, clients=8)).told()
         alone = [each for each in alone if each.status == 200]
@@ -289,7 +289,7 @@ def test_ten_times_too_many_are_refused_and_nobody_is_lost(model_directory: Path
 
 def test_sigterm_under_load_finishes_what_was_admitted(model_directory: Path, crowd: Any) -> None:
     drain = 30
-    flags = ("--max-sequences", "4", "--max-waiting", "8", "--drain-timeout", str(drain))
+    flags = ("--max-sequences", "4", "--max-waiting", "8", "--drain-timeout", str(drain), "--allowed-host", "x")
     with process_of(model_directory, *flags) as (process, port):
         load = crowd.Crowd(crowd.Load(port=port, seconds=3, per_second=60, new_tokens=64))
         time.sleep(1.5)

@@ -1,12 +1,17 @@
 """The app as a whole: health, metrics, failures inside, and what its description says."""
 
-from collections.abc import AsyncGenerator
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from moesaic.config import EngineConfig
 from moesaic.engine.request import Delta, Request
+from moesaic.engine.service import DeltaStream
 from moesaic.errors import MoesaicError
 from moesaic.server import app as app_module
 from moesaic.server.app import create_app
@@ -55,6 +60,8 @@ def test_two_servers_in_one_process_share_nothing() -> None:
 
 def test_wrong_addresses_and_methods_have_errors_of_the_same_shape(server: Running) -> None:
     assert error_of(server.http.get("/v1/nothing"), 404)["type"] == "not_found_error"
+    misspelt = error_of(server.post("/v1/completions", {"promt": "a"}), 400)
+    assert misspelt["message"].endswith("leave it out, or send prompt")
     for method, path in (("GET", "/v1/completions"), ("DELETE", "/v1/models"), ("POST", "/health")):
         assert error_of(server.http.request(method, path), 405)["code"] == "method_not_allowed"
     assert error_of(server.chat(model="another"), 404)["code"] == "model_not_found"
@@ -77,6 +84,7 @@ def test_what_nobody_expects_is_told_to_the_log_alone(monkeypatch, caplog: pytes
 
 def test_health_and_readiness(server: Running) -> None:
     assert server.http.get("/health").json() == {"status": "ok"}
+    assert server.http.head("/health").status_code == server.http.head("/ready").status_code == 200
     server.service.ready = False
     try:
         assert error_of(server.http.get("/ready"), 503)["code"] == "overloaded"
@@ -90,7 +98,8 @@ def test_health_and_readiness(server: Running) -> None:
 
 
 def test_the_description_names_every_body(server: Running) -> None:
-    description = create_app(server.service, model_name=NAME).openapi()
+    description = server.http.get("/openapi.json").json()
+    assert description == create_app(server.service, model_name=NAME).openapi()
     for path, _, model in app_module.POSTS:
         body = description["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert body == {"$ref": f"#/components/schemas/{model.__name__}"}
@@ -100,17 +109,24 @@ def test_the_description_names_every_body(server: Running) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_text_that_fails_in_the_middle_fails_alone(stream: bool) -> None:
     with serving() as server:
-        generate = server.service.generate
+        submit_all = server.service.submit_all
 
-        async def failing(request: Request) -> AsyncGenerator[Delta, None]:
-            async for delta in generate(request):
-                if request.sampling.seed == 666:
+        class Failing:
+            def __init__(self, stream: DeltaStream) -> None:
+                self.close = stream.close
+                self._stream = stream
+
+            async def __aiter__(self) -> AsyncGenerator[Delta, None]:
+                async for delta in self._stream:
                     yield replace(delta, finish_reason=None)
                     yield Delta(finish_reason="error", error=MoesaicError("expert 3 is broken"))
                     return
-                yield delta
 
-        server.service.generate = failing
+        def failing(requests: Sequence[Request]) -> list[Any]:
+            streams = submit_all(requests)
+            return [Failing(stream) for stream in streams] if requests[0].sampling.seed == 666 else list(streams)
+
+        server.service.submit_all = failing
         response = server.complete(max_tokens=20, seed=666, stream=stream)
         if stream and response.status_code == 200:
             *_, failure, done = data_events(response.text)
@@ -135,3 +151,55 @@ def test_an_engine_that_has_died_is_told_by_health(monkeypatch: pytest.MonkeyPat
         for path in ("/health", "/ready"):
             assert error_of(server.http.get(path), 503)["type"] == "overloaded_error"
         assert server.complete().status_code == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_closing_the_engine_ends_what_clients_still_read(stream: bool) -> None:
+    with serving() as server:
+        loop = server.service._loop
+        assert loop is not None
+        body = {"prompt": ["ab", "cd"], "max_tokens": 500, "ignore_eos": True, "stream": stream}
+        closing = threading.Timer(0, lambda: asyncio.run_coroutine_threadsafe(server.service.close(), loop).result())
+        if stream:
+            with server.http.stream("POST", "/v1/completions", json=body) as response:
+                lines = response.iter_lines()
+                next(lines)
+                closing.start()
+                *_, failure, done = data_events("\n".join(lines))
+            assert done == "[DONE]"
+        else:
+            asking = threading.Thread(target=lambda: (server.wait_until(lambda: running(server)), closing.run()))
+            asking.start()
+            failure = {"error": error_of(server.post("/v1/completions", body), 503)}
+            asking.join()
+        assert "stopped before the text was finished" in failure["error"]["message"]
+        assert server.complete().status_code == 503
+
+
+def running(server: Running) -> bool:
+    return server.service.statistics().running == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_prompts_of_one_request_are_taken_together_or_not_at_all(stream: bool) -> None:
+    with serving(config=EngineConfig(max_sequences=2, max_waiting=3, max_model_tokens=512)) as server:
+        asked = {"max_tokens": 400, "ignore_eos": True, "stream": stream}
+        too_many = error_of(server.complete(["a", "b", "c"], n=2, **asked), 400)
+        assert "6 texts are asked for at once, and 5 fit" in too_many["message"]
+        gate, step = threading.Event(), server.service.engine.step
+        server.service.engine.step = lambda: (gate.wait(), step())[1]
+        try:
+            waiting = threading.Thread(
+                target=server.complete, args=(["a", "b"],), kwargs={"max_tokens": 3, "ignore_eos": True}
+            )
+            waiting.start()
+            server.wait_until(lambda: server.service.statistics().waiting >= 2)
+            refused = server.complete(["a", "b", "c", "d"], **asked)
+            assert error_of(refused, 503)["code"] == "overloaded"
+            assert "retry-after" in refused.headers
+            assert server.service.statistics().waiting == 2
+        finally:
+            gate.set()
+            waiting.join()
+        server.wait_until(lambda: not server.service.engine.has_work)
+        assert server.service.statistics().finished == {"length": 2}

@@ -122,7 +122,7 @@ def _load_figure(rows: Sequence[Row]) -> Figure:
     panels[0].set_title("Expert load, relative to a fair share")
     for axes in panels[max(0, num_layers - columns) : num_layers]:
         axes.set_xlabel("step")
-    _ratio_bar(figure, image, panels)
+    ratio_bar(figure, image, panels)
     return figure
 
 
@@ -149,11 +149,12 @@ def _domain_figure(comparison: Comparison) -> Figure:
         panels[-1].set_xticks(range(num_experts))
     panels[-1].set_xlabel("expert")
     panels[0].set_title("Use of an expert by a domain, relative to its use by all text")
-    _ratio_bar(figure, image, panels)
+    ratio_bar(figure, image, panels)
     return figure
 
 
-def _ratio_bar(figure: Figure, image: object, panels: Sequence[Axes]) -> None:
+def ratio_bar(figure: Figure, image: object, panels: Sequence[Axes]) -> None:
+    """The key to colours from a quarter to four times."""
     bar = figure.colorbar(image, ax=list(panels), ticks=[-2, -1, 0, 1, 2], shrink=min(1.0, 3 / len(panels) + 0.25))  # type: ignore[arg-type]
     bar.ax.set_yticklabels(["¼", "½", "1 ×", "2 ×", "4 ×"])
     bar.outline.set_visible(False)  # type: ignore[operator]

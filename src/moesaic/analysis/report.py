@@ -11,12 +11,12 @@ import html
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from moesaic.analysis.comparison import LEVEL_MARGIN, Comparison, Point, Row, RunCurve, finite, relative_load
+from moesaic.analysis.html_page import fill, read, script_safe
 from moesaic.analysis.plots import write_plots
 
 __all__ = ["Comparison", "Point", "RunCurve", "write_report"]
@@ -27,7 +27,6 @@ MAX_LOAD_COLUMNS = 120
 MAX_LOAD_CELLS = 250_000
 """Cells of all load maps together, which bounds the page at about a megabyte."""
 
-PAGE = resources.files("moesaic.analysis") / "page"
 SCRIPTS = ("common.js", "loss.js", "experts.js")
 
 
@@ -45,9 +44,9 @@ def render_page(comparison: Comparison) -> str:
     """The whole page as text."""
     load = load_history(comparison.sparse)
     parts = {
-        "css": _read("report.css"),
-        "js": "\n".join(_read(name) for name in SCRIPTS),
-        "data": _script_safe(_payload(comparison, load)),
+        "css": read("report.css"),
+        "js": read(*SCRIPTS),
+        "data": script_safe(_payload(comparison, load)),
         "outcome": comparison.outcome,
         "headline": html.escape(headline(comparison)),
         "lede": "".join(f"<p>{html.escape(sentence)}</p>" for sentence in lede(comparison)),
@@ -66,8 +65,7 @@ def render_page(comparison: Comparison) -> str:
         "hardware": _definitions(comparison.hardware),
         "config": html.escape(json.dumps(comparison.config, indent=2, ensure_ascii=False, default=str)),
     }
-    # One pass, so that text which happens to look like a placeholder stays text.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read("report.html"))
+    return fill("report.html", parts)
 
 
 def headline(comparison: Comparison) -> str:
@@ -201,12 +199,6 @@ def _rounded(value: Any, digits: int) -> Any:
     return None if value is None else round(value, digits)
 
 
-def _script_safe(payload: dict[str, Any]) -> str:
-    """JSON that no HTML parser can leave: `</script>` and `<!--` cannot occur in it."""
-    text = json.dumps(payload, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
 def _summary_rows(comparison: Comparison) -> str:
     sparse, dense = comparison.sparse, comparison.dense
     reached = comparison.sparse_reached.seconds if comparison.sparse_reached else None
@@ -286,7 +278,3 @@ def _printable(text: str) -> str:
 def _definitions(values: Mapping[str, Any]) -> str:
     pairs = (f"<dt>{html.escape(str(key))}</dt><dd>{html.escape(str(value))}</dd>" for key, value in values.items())
     return f"<dl>{''.join(pairs)}</dl>" if values else ""
-
-
-def _read(name: str) -> str:
-    return (PAGE / name).read_text(encoding="utf-8")

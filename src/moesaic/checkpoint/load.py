@@ -23,6 +23,7 @@ from moesaic.model.transformer import Transformer
 from moesaic.ops import DTYPES
 from moesaic.ops.device import resolve_device
 from moesaic.residency.memory_plan import parse_bytes
+from moesaic.residency.residency import place_experts
 from moesaic.tokenizer import Tokenizer
 from moesaic.tokenizer import load_tokenizer as read_tokenizer
 
@@ -34,6 +35,7 @@ def load(
     device: str = "auto",
     quantization: str | None = None,
     memory: str | None = None,
+    placement: str | Path | None = None,
     backend: str = "auto",
     offline: bool = False,
     revision: str | None = None,
@@ -50,6 +52,8 @@ def load(
             (moesaic.model.quantize.SCHEMES). A quantised directory needs none. The model is then for inference.
         memory: what the process may take, such as "2GiB", on a CPU. The experts then stay on disk, are read when tokens
             need them, and packed while they are read where `quantization` is given. For inference.
+        placement: with `memory`, a trace of `moesaic inspect --trace`: the experts that it used most are read at once
+            and stay in memory. None: who stays follows from what is used.
         backend: how experts are computed, see `moesaic.ops.BACKENDS`.
         offline: take a model of the hub from the local cache, and ask nobody.
         revision: branch, tag or commit of a model on the hub; None is its main branch.
@@ -62,6 +66,8 @@ def load(
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is not known; choose auto, {' or '.join(DTYPES)}")
     budget = None if memory is None else parse_bytes(memory)
+    if placement is not None and budget is None:
+        raise UsageError("placement says which experts stay in memory, and without memory all do; give both")
     if quantization is not None and quantization not in SCHEMES:
         raise UsageError(f"quantization {quantization!r} is not known; choose {', '.join(SCHEMES)}")
     target = resolve_device(device)
@@ -70,7 +76,10 @@ def load(
     wanted = DTYPES.get(dtype)
     with torch.inference_mode(False):  # the threads that read are in no such mode, and write into the tensors
         if budget is not None:
-            return _load_within(source, wanted, target, backend, quantization, budget).eval()
+            model = _load_within(source, wanted, target, backend, quantization, budget).eval()
+            if placement is not None:
+                place_experts(model, placement)
+            return model
         read = {"run": _load_run, "hf": _load_hf}[source.kind]
         return read(source, wanted, target, backend, quantization).eval()
 

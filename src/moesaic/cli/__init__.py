@@ -33,9 +33,13 @@ for position, (name, function, about) in enumerate(
         ("chat", "chat", "Talk to a model."),
         ("serve", "serve", "Serve a model over HTTP, as OpenAI's API."),
         ("eval", "evaluate", "Perplexity, bits per byte and balance on a text file."),
+        ("inspect", "inspect", "What the experts do on your text, as a page."),
         ("export", "export", "Write a run as a Hugging Face directory."),
         ("upcycle", "upcycle", "Make a sparse model of a dense one, with the same logits."),
         ("quantize", "quantize", "Pack a model's weights into 8 or 4 bits."),
+        ("prune", "prune", "Leave out the experts that matter least."),
+        ("merge", "merge", "Make one expert of several that are alike."),
+        ("plan", "plan", "What a model would cost on a cluster, from its config alone."),
         ("bench", "bench", "Run a benchmark of the source checkout."),
         ("doctor", "doctor", "What this machine has, and which backend it gets."),
     )

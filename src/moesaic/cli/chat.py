@@ -62,7 +62,10 @@ def chat(model: str, /, *, loading: ModelOptions = _MODEL, sampling: SamplingOpt
                 prompt_ids = tokenizer.encode(tokenizer.apply_chat_template(messages), parse_special_tokens=True)
             else:
                 prompt_ids = tokenizer.encode(line, add_special_tokens=True)
-            for piece in stream(transformer, tokenizer, prompt_ids, config, generation, engine):
+            new_message = tokenizer.has_chat_template
+            for piece in stream(
+                transformer, tokenizer, prompt_ids, config, generation, engine, new_message=new_message
+            ):
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             console.print(" [stopped]", style="dim", markup=False)

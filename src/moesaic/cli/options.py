@@ -34,6 +34,8 @@ class ModelOptions:
     "Pack the weights while they are read; `moesaic quantize` does it once for all."
     memory: str | None = None
     "What the process may take, such as 2GiB: experts stay on disk, and are read when tokens need them."
+    placement: Path | None = None
+    "With --memory, a trace of `moesaic inspect --trace`: the experts that it used most stay in memory."
     backend: str = "auto"
     "How experts are computed; `moesaic doctor` lists the choices."
     offline: Annotated[bool, Parameter(negative="")] = False
@@ -54,6 +56,7 @@ class ModelOptions:
             device=self.device,
             quantization=self.quantization,
             memory=self.memory,
+            placement=self.placement,
             backend=self.backend,
             offline=self.offline,
         )

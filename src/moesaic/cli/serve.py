@@ -1,7 +1,6 @@
 """`moesaic serve`: a model over HTTP, as OpenAI's API."""
 
 import asyncio
-import ipaddress
 import logging
 import os
 import socket
@@ -35,6 +34,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    allowed_host: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     served_model_name: str | None = None,
     request_timeout: float = 600.0,
     drain_timeout: float = 30.0,
@@ -57,6 +57,10 @@ def serve(
     api_key
         A key that clients have to show; may be given several times. MOESAIC_API_KEY in the environment is one too, and
         does not show in the list of processes.
+    allowed_host
+        A name besides localhost that clients may ask for, such as that of a proxy; may be given several times. Where
+        only this machine can connect and no key is asked for, other names are refused: a stranger's web page could have
+        its own name point here.
     served_model_name
         What clients call the model; otherwise the last part of MODEL.
     request_timeout
@@ -70,9 +74,7 @@ def serve(
     _require_seconds("drain-timeout", drain_timeout)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     listener = _listen(host, port)
-    if not keys and not _is_loopback(host):
-        fix = f"give it a key: --api-key KEY, or {KEY_VARIABLE}"
-        print(f"warning: anybody who reaches {host} may use this server; {fix}", file=sys.stderr)
+    hosts = _checked_hosts(listener, host, allowed_host, keys)
 
     # Before the model, so that a budget of memory counts what they take.
     from moesaic.engine.engine import Engine
@@ -83,8 +85,21 @@ def serve(
     service = EngineService(Engine(transformer, tokenizer, engine))
     name = served_model_name or Path(model.rstrip("/")).name or model
     _begin(listener, host, port)
-    app = create_app(service, model_name=name, api_keys=keys, request_seconds=request_timeout)
+    app = create_app(service, model_name=name, api_keys=keys, hosts=hosts, request_seconds=request_timeout)
     _run(app, service, listener, name, drain_timeout)
+
+
+def _checked_hosts(
+    listener: socket.socket, host: str, allowed: tuple[str, ...], keys: tuple[str, ...]
+) -> tuple[str, ...] | None:
+    """The names that clients may ask for; None: any. Warns where anybody may come in."""
+    from moesaic.server.hosts import is_loopback
+
+    is_local = is_loopback(listener.getsockname()[0])
+    if not keys and not is_local:
+        fix = f"give it a key: --api-key KEY, or {KEY_VARIABLE}"
+        print(f"warning: anybody who reaches {host} may use this server; {fix}", file=sys.stderr)
+    return (host, *allowed) if allowed or (is_local and not keys) else None
 
 
 def _run(app: "FastAPI", service: "EngineService", listener: socket.socket, name: str, drain_timeout: float) -> None:
@@ -117,6 +132,7 @@ def _run(app: "FastAPI", service: "EngineService", listener: socket.socket, name
         async def _drain(self) -> None:
             try:
                 await service.drain(drain_timeout)
+                await service.close()  # tells those who still wait, while their connections are there
             finally:
                 self.should_exit = True
 
@@ -201,10 +217,3 @@ def _is_taken(host: str, port: int, error: OSError) -> MoesaicError:
     return MoesaicError(
         f"cannot listen at {host}:{port}: {error.strerror}; stop what is there, or choose another --port"
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

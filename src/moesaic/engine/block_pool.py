@@ -69,12 +69,12 @@ class BlockPool:
             self._unused.pop(block, None)
         return blocks
 
-    def remember(self, blocks: Sequence[int], ids: Sequence[int], known: int) -> int:
-        """Keep for other texts what the full blocks of a text hold, whose tokens so far are `ids`.
+    def remember(self, blocks: Sequence[int], ids: Sequence[int], computed: int, known: int) -> int:
+        """Keep for other texts what the full blocks of a text hold, whose first `computed` tokens of `ids` are there.
 
         The `known` first have been told already; returns how many are known now.
         """
-        full = len(ids) // BLOCK_TOKENS if self._keeps_beginnings else 0
+        full = computed // BLOCK_TOKENS if self._keeps_beginnings else 0
         for index in range(known, full):
             before = self._beginnings.get(blocks[index - 1]) if index else None
             if index and before is None:  # the same text was computed twice at the same time, and the other one is kept

@@ -6,6 +6,7 @@ T tokens of a step side by side, R rows of logits, V vocabulary, K experts per t
 import logging
 import time
 from collections import deque
+from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import count
 from threading import Lock
@@ -78,15 +79,19 @@ class Engine:
         Raises UsageError for a prompt that is empty, too long, or not of this vocabulary, and OverloadedError where the
         queue is full.
         """
-        self._check(request)
-        config = self.config
+        (handle,) = self.submit_all([request])
+        return handle
+
+    def submit_all(self, requests: Iterable[Request]) -> list[int]:
+        """`submit` of all, or of none.
+
+        Raises UsageError also where there are more than would fit an empty queue.
+        """
+        arriving = [self._sequence(request) for request in requests]
         with self._lock:
-            self._require_room()
-            sequence = Sequence(next(self._handles), request, self.tokenizer, self._eos_ids, self.max_model_tokens)
-            if config.prompt_lookup:
-                sequence.lookup = PromptLookup(config.prompt_lookup)
-            self._arrived.append(sequence)
-        return sequence.handle
+            self._require_room(len(arriving))
+            self._arrived += arriving
+        return [sequence.handle for sequence in arriving]
 
     def require_room(self) -> None:
         """Raises OverloadedError where `submit` would, whatever the request."""
@@ -146,6 +151,13 @@ class Engine:
         """Gives back what it has of a budget of memory."""
         self._closing.close()
 
+    def _sequence(self, request: Request) -> Sequence:
+        self._check(request)
+        sequence = Sequence(next(self._handles), request, self.tokenizer, self._eos_ids, self.max_model_tokens)
+        if self.config.prompt_lookup:
+            sequence.lookup = PromptLookup(self.config.prompt_lookup)
+        return sequence
+
     def _check(self, request: Request) -> None:
         ids, vocab_size = request.prompt_ids, self.model.config.vocab_size
         if not ids:
@@ -161,14 +173,24 @@ class Engine:
         if unknown:
             raise UsageError(f"logit_bias has token {unknown[0]}, and the model has 0 to {vocab_size - 1}")
 
-    def _require_room(self) -> None:
-        free = self.config.max_sequences - len(self.scheduler.running)
-        waiting = [*self.scheduler.waiting, *self._arrived][max(free, 0) :]
+    def _require_room(self, count: int = 1) -> None:
+        config = self.config
+        if count > config.max_sequences + config.max_waiting:
+            raise UsageError(
+                f"{count} texts are asked for at once, and {config.max_sequences + config.max_waiting} fit the server "
+                f"when nobody waits; ask for fewer, or serve with --max-waiting {count - config.max_sequences}"
+            )
+        free = config.max_sequences - len(self.scheduler.running)
+        before = [*self.scheduler.waiting, *self._arrived]
+        waiting = before[max(free, 0) :]
         tokens = sum(sequence.num_prompt for sequence in waiting)
-        full = free <= len(self.scheduler.waiting) + len(self._arrived)
-        if full and (len(waiting) >= self.config.max_waiting or tokens >= self.config.max_waiting_tokens):
+        would_wait = len(before) + count - max(free, 0)
+        # Its own tokens do not count: a request with more than the limit could never come.
+        full = free <= len(before) and tokens >= config.max_waiting_tokens
+        if would_wait > config.max_waiting or full:
+            more = f", and {count} more do not fit" if count > 1 else ""
             raise OverloadedError(
-                f"{len(waiting)} requests with {tokens:,} tokens are waiting already; ask again later",
+                f"{len(waiting)} requests with {tokens:,} tokens are waiting already{more}; ask again later",
                 retry_after=self._seconds_until_room(tokens),
             )
 
@@ -232,7 +254,7 @@ class Engine:
             sequence = share.sequence
             start = sequence.num_computed
             rows += [len(ids) + row for row in share.logit_rows]
-            ids += (sequence.ids + sequence.drafts)[start : start + share.count]
+            ids += sequence.next_ids(share.count)
             sequences.append(NewTokens(sequence.blocks, start, share.count, sequence.num_prompt))
         started, routings = time.perf_counter(), []
         device = self._kv.keys.device
@@ -299,10 +321,13 @@ class Engine:
 
     def _count(self, share: Share) -> None:
         sequence, statistics = share.sequence, self._statistics
-        if sequence.num_computed < sequence.num_prompt:
-            statistics.prompt_tokens += min(share.count, sequence.num_prompt - sequence.num_computed)
-            if sequence.num_computed == sequence.num_cached:
-                statistics.cached_tokens += sequence.num_cached
+        if not sequence.num_counted:
+            statistics.cached_tokens += sequence.num_cached
+            sequence.num_counted = sequence.num_cached
+        read = min(sequence.num_computed + share.count, sequence.num_prompt)
+        if read > sequence.num_counted:  # a text that started over reads what was counted already
+            statistics.prompt_tokens += read - sequence.num_counted
+            sequence.num_counted = read
 
     def _seconds_until_room(self, waiting_tokens: int) -> float:
         """About, from how long steps took so far."""

@@ -84,9 +84,12 @@ def stream(
     config: SamplingConfig,
     generation: Generation,
     engine: Engine | None = None,
+    *,
+    new_message: bool = False,
 ) -> Iterator[str]:
     """Yield text as it is decoded, until an end-of-sequence token, a stop string or `max_tokens`; statistics go to
-    `generation`. An `engine` of this model, with nothing else to do, may know the beginning already.
+    `generation`. An `engine` of this model, with nothing else to do, may know the beginning already. The text goes on
+    with the prompt's, a space at its beginning included, unless it is a `new_message`.
 
     Raises:
         UsageError: the prompt is empty, it and max_tokens exceed the model's positions, or the routers look at later
@@ -98,16 +101,18 @@ def stream(
     with ExitStack() as stack:
         stack.enter_context(model.evaluating())
         if not is_servable(model):
-            texts = _from_whole_texts(model, tokenizer, prompt_ids, config, generation)
+            text = TextAssembly(tokenizer, config.stop, after=() if new_message else prompt_ids)
+            texts = _from_whole_texts(model, tokenizer, prompt_ids, config, text, generation)
         else:
             if engine is None:
                 longest = len(prompt_ids) + config.max_tokens
                 engine = Engine(model, tokenizer, _for_one_text(model, len(prompt_ids), longest))
                 stack.callback(engine.close)
-            texts = _from_engine(engine, Request(prompt_ids=prompt_ids, sampling=config), generation)
-        for text in texts:
-            generation.text += text
-            yield text
+            request = Request(prompt_ids=prompt_ids, sampling=config, new_message=new_message)
+            texts = _from_engine(engine, request, generation)
+        for piece in texts:
+            generation.text += piece
+            yield piece
 
 
 def _from_engine(engine: Engine, request: Request, generation: Generation) -> Iterator[str]:
@@ -146,12 +151,17 @@ def _for_one_text(model: Transformer, prompt_tokens: int, longest: int) -> Engin
 
 @torch.inference_mode()
 def _from_whole_texts(
-    model: Transformer, tokenizer: Tokenizer, prompt_ids: list[int], config: SamplingConfig, generation: Generation
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt_ids: list[int],
+    config: SamplingConfig,
+    text: TextAssembly,
+    generation: Generation,
 ) -> Iterator[str]:
     """For models that the engine does not serve."""
     next_logits = _Continuation(model, capacity=len(prompt_ids) + config.max_tokens)
     ends = set() if config.ignore_eos else end_ids(model, tokenizer)
-    sampler, text = Sampler(config, prompt_ids), TextAssembly(tokenizer, config.stop)
+    sampler = Sampler(config, prompt_ids)
     new_ids = prompt_ids
     while len(generation.token_ids) < config.max_tokens and not text.stopped:
         start = time.perf_counter()

@@ -38,6 +38,8 @@ class Request:
     """Of tokens from this number on, counted from the first of the prompt; what is not told may be known already."""
     visible_ids: Sequence[int] = ()
     """Special tokens that are to be seen in the text, such as those around a tool call."""
+    new_message: bool = False
+    """The text begins a message of its own; otherwise it goes on with the prompt's, with its first space."""
     constraint: "Constraint | None" = None
     """What the text has to be; new for each request."""
 
@@ -89,6 +91,9 @@ class Delta:
 
     text: str = ""
     tokens: tuple[Token, ...] = ()
+    num_told: int = 0
+    """So many more of the tokens, from the first on, begin in the text so far. In the end all do, but those behind the
+    place where a stop string has cut it."""
     prompt: PromptReport | None = None
     """With the first tokens."""
     finish_reason: FinishReason | None = None
@@ -102,6 +107,7 @@ class Delta:
         return Delta(
             text=self.text + later.text,
             tokens=self.tokens + later.tokens,
+            num_told=self.num_told + later.num_told,
             prompt=self.prompt or later.prompt,
             finish_reason=later.finish_reason,
             error=later.error,
@@ -116,8 +122,9 @@ class EngineStatistics:
     waiting: int = 0
     steps: int = 0
     prompt_tokens: int = 0
-    """That were computed; cached ones are not."""
+    """That were computed; cached ones are not, nor what a text that gave way computes again."""
     cached_tokens: int = 0
+    """The others of the prompts: each token counts once."""
     generated_tokens: int = 0
     preemptions: int = 0
     finished: dict[str, int] = field(default_factory=dict)

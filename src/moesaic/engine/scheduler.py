@@ -86,8 +86,9 @@ class Scheduler:
         """The tokens of a share, drafts left out, have keys and values now."""
         sequence = share.sequence
         sequence.num_computed = min(sequence.num_computed + share.count, len(sequence.ids))
-        known = sequence.ids[: sequence.num_computed]
-        sequence.num_remembered = self.pool.remember(sequence.blocks, known, sequence.num_remembered)
+        sequence.num_remembered = self.pool.remember(
+            sequence.blocks, sequence.ids, sequence.num_computed, sequence.num_remembered
+        )
 
     def _in_turn(self, decoding: list[Sequence], most: int) -> list[Sequence]:
         if len(decoding) <= most:
@@ -130,7 +131,7 @@ class Scheduler:
         self.waiting.popleft()
         sequence.blocks, sequence.num_remembered = beginning, len(beginning)
         sequence.num_computed = len(beginning) * BLOCK_TOKENS
-        if not sequence.num_generated:
+        if not sequence.num_counted:  # later, what it finds may be its own
             sequence.num_cached = sequence.num_computed
         self.running.append(sequence)
         return True

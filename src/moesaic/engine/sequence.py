@@ -31,13 +31,16 @@ class Sequence:
         """Guesses of what follows `ids`, which the next pass checks."""
         self.num_cached = 0
         """Tokens of the prompt that needed no computing."""
+        self.num_counted = 0
+        """Of the prompt, those that the statistics have."""
         self.finish_reason: FinishReason | None = None
         self.sampler = Sampler(request.sampling, request.prompt_ids, eos_ids)
         self.lookup: PromptLookup | None = None
         stops = request.sampling.stop
         # Special tokens are no text, but programs name them as stop strings.
         named = [token_id for token_id in map(tokenizer.special_id, stops) if token_id is not None]
-        self._text = TextAssembly(tokenizer, stops, {*request.visible_ids, *named})
+        before = () if request.new_message else self.ids
+        self._text = TextAssembly(tokenizer, stops, {*request.visible_ids, *named}, before)
         self._eos_ids = frozenset() if request.sampling.ignore_eos else frozenset(eos_ids)
         self._most_tokens = most_tokens
         self._delta = _Gathered()
@@ -68,6 +71,11 @@ class Sequence:
         """What is asked about the tokens of the prompt is known only of those that are computed."""
         told = self.request.routed_experts and self.request.routed_from < self.num_prompt - 1
         return self.request.prompt_logprobs is None and not told
+
+    def next_ids(self, count: int) -> list[int]:
+        """The first `count` tokens without keys and values, drafts included."""
+        known = self.ids[self.num_computed : self.num_computed + count]
+        return known + self.drafts[: count - len(known)]
 
     def start_over(self) -> None:
         """Without keys and values; what was generated is kept."""
@@ -112,7 +120,7 @@ class Sequence:
         gathered, self._delta = self._delta, _Gathered()
         if not (gathered.tokens or self.finish_reason):
             return None
-        return Delta(gathered.text, tuple(gathered.tokens), prompt, self.finish_reason)
+        return Delta(gathered.text, tuple(gathered.tokens), self._text.take_told(), prompt, self.finish_reason)
 
     def failure(self, error: MoesaicError) -> Delta:
         self.finish_reason = "error"

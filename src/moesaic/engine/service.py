@@ -1,8 +1,10 @@
 """The engine on a thread of its own, for programs on an event loop."""
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from threading import Event, Thread
 
 from moesaic.engine.engine import Engine
@@ -21,7 +23,7 @@ class EngineService:
         self.engine = engine
         self.tokenizer, self.model_config = engine.tokenizer, engine.model.config
         self.ready = False
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, DeltaStream] = {}
         self._work, self._stopping = Event(), False
         self._thread = Thread(target=self._step_on, name="moesaic-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -41,26 +43,33 @@ class EngineService:
 
         Raises UsageError and OverloadedError, before the first delta, as `Engine.submit` does.
         """
+        (stream,) = self.submit_all([request])
+        with contextlib.closing(stream):
+            async for delta in stream:
+                yield delta
+
+    def submit_all(self, requests: Sequence[Request]) -> "list[DeltaStream]":
+        """What comes of each, for somebody on the event loop, who closes them all; none is taken where one is refused.
+
+        Raises UsageError and OverloadedError as `Engine.submit_all` does.
+        """
         if not self._thread.is_alive():
             raise OverloadedError("the engine has stopped after a failure; restart the server", _RETRY_AFTER)
         if not self.ready:
             raise OverloadedError("the server is shutting down and takes no more requests", _RETRY_AFTER)
-        handle = self.engine.submit(request)
-        stream = self._streams[handle] = _Stream()
-        if self._failure is not None:  # between the two lines above
-            stream.push(self._failure)
+        handles = self.engine.submit_all(requests)
+        streams = [DeltaStream(partial(self._forget, handle)) for handle in handles]
+        self._streams.update(zip(handles, streams, strict=True))
+        if self._failure is not None:  # since the question above
+            self._fail(self._failure)
         self._work.set()
-        ended = False
-        try:
-            while not ended:
-                delta = await stream.next()
-                ended = delta.finish_reason is not None
-                yield delta
-        finally:
-            del self._streams[handle]
-            if not ended:
-                self.engine.cancel(handle)
-                self._work.set()
+        return streams
+
+    def _forget(self, handle: int, ended: bool) -> None:
+        del self._streams[handle]
+        if not ended:
+            self.engine.cancel(handle)
+            self._work.set()
 
     def statistics(self) -> EngineStatistics:
         return self.engine.statistics()
@@ -73,11 +82,12 @@ class EngineService:
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
-        """Ends the thread after its step; what is not finished is dropped."""
+        """Ends the thread after its step; what is not finished ends with the reason `cancelled`."""
         self.ready, self._stopping = False, True
         self._work.set()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
+        self._fail(Delta(finish_reason="cancelled"))
         self.engine.close()
 
     def _step_on(self) -> None:
@@ -107,20 +117,38 @@ class EngineService:
         self._deliver([(handle, failure) for handle in self._streams])
 
 
-class _Stream:
-    """Deltas of one request that nobody has read yet, as one."""
+class DeltaStream:
+    """What comes of one request, until its last delta. Those that nobody has read yet come as one."""
 
-    def __init__(self) -> None:
+    def __init__(self, forget: Callable[[bool], None]) -> None:
+        self._forget = forget
+        """Called once, with whether the request has ended."""
         self._unread: Delta | None = None
         self._arrived = asyncio.Event()
+        self._ended = self._read_all = self._closed = False
 
     def push(self, delta: Delta) -> None:
+        if self._ended:  # nothing comes after a last delta, whatever happens to the engine
+            return
+        self._ended = delta.finish_reason is not None
         self._unread = delta if self._unread is None else self._unread + delta
         self._arrived.set()
 
-    async def next(self) -> Delta:
+    def close(self) -> None:
+        """Cancels the request, where it has not ended."""
+        if not self._closed:
+            self._closed = True
+            self._forget(self._ended)
+
+    def __aiter__(self) -> "DeltaStream":
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._read_all:
+            raise StopAsyncIteration
         await self._arrived.wait()
         self._arrived.clear()
         delta, self._unread = self._unread, None
         assert delta is not None
+        self._read_all = delta.finish_reason is not None
         return delta

@@ -1,6 +1,7 @@
 """From token ids to text that nothing later can change, up to a stop string."""
 
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Collection, Sequence
 
 from moesaic.tokenizer import Tokenizer
 
@@ -12,22 +13,33 @@ class TextAssembly:
     """The text of one answer as its tokens arrive.
 
     What may become part of a stop string, or of a longer character, is held back. Special tokens are no text, but for
-    those of `visible_ids`.
+    those of `visible_ids`. It begins as it goes on after the ids `after`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), visible_ids: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        visible_ids: Collection[int] = (),
+        after: Sequence[int] = (),
+    ) -> None:
         self.stopped = False
         """Whether a stop string has occurred; the text ends before it, and nothing more comes."""
-        self._decoder = tokenizer.decoder()
+        self._decoder = tokenizer.decoder(after)
         self._visible = {token_id: tokenizer.name_of(token_id) for token_id in visible_ids}
         self._searches = [_Search(text) for text in stop]
         self._held = ""
         self._unfinished = 0
+        self._decoded = self._told = 0
+        """Characters; what is told is certain."""
+        self._starts: deque[int] = deque()
+        """Of the tokens that are not told yet: how many characters come before each."""
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token, often empty."""
         if self.stopped:
             return ""
+        self._starts.append(self._decoded)
         if token_id in self._visible:
             return self._certain(self._decoder.flush() + self._visible[token_id])
         new = self._decoder.push(token_id)
@@ -43,9 +55,25 @@ class TextAssembly:
         text = self._certain(self._decoder.flush())
         if not self.stopped:
             text, self._held = text + self._held, ""
+            self._told = self._decoded + 1  # tokens without text at the end are told too
         return text
 
+    def take_told(self) -> int:
+        """How many more tokens, from the first on, begin in the text so far. All do in the end, but those behind the
+        place where a stop string has cut it."""
+        count = 0
+        while self._starts and self._starts[0] < self._told:
+            self._starts.popleft()
+            count += 1
+        return count
+
     def _certain(self, new: str) -> str:
+        self._decoded += len(new)
+        text = self._before_stops(new)
+        self._told += len(text)
+        return text
+
+    def _before_stops(self, new: str) -> str:
         if not self._searches:
             return new
         if not new:

@@ -10,6 +10,7 @@ E experts of a layer, S slots.
 import mmap
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -18,6 +19,7 @@ from time import perf_counter
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moesaic.ops import ExpertWeights
@@ -119,6 +121,18 @@ class ExpertCache:
         self.most_slots = num_slots
         self._memory: list[mmap.mmap] = []
         self._slots = {name: self._allocate(getattr(layers[0].weights, name)) for name in ("gate_up", "down")}
+
+    def place(self, uses: NDArray[np.float64]) -> None:
+        """Those with the highest of these shares (L, E) are read now, as many as there are slots, and stay as long as
+        there are so many."""
+        self.table.follow(uses)
+        best = np.argsort(-uses, axis=None, kind="stable")[: self.table.number]
+        for layer in range(len(self.layers)):
+            numbers = sorted((best[best // uses.shape[1] == layer] % uses.shape[1]).tolist())
+            with closing(self.chunks(layer, numbers)) as chunks:
+                for _ in chunks:
+                    pass
+        self.statistics = [CacheStatistics() for _ in self.layers]
 
     def resize(self, num_slots: int) -> None:
         """At most to as many slots as at first; memory that they leave goes back to the system.

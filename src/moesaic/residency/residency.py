@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from moesaic.ops import ExpertWeights
 from moesaic.residency.expert_cache import CacheStatistics, ExpertCache
 from moesaic.residency.foresight import Lookahead
 from moesaic.residency.memory_plan import ACTIVATIONS, MemoryPlan, activation_bytes, make_plan
+from moesaic.residency.placement import read_uses
 
 PREFILL_TOKENS = 512
 """That a pass takes at most, so that activations have a bound; a longer prompt goes in pieces."""
@@ -122,6 +124,17 @@ class LayerStore:
         self.residency.make_way(len(x))
         guess = None if self.ahead is None else self.ahead.guess(x, len(expert_ids))
         return closing(self.residency.cache.chunks(self.layer, sorted(set(expert_ids.tolist())), guess))
+
+
+def place_experts(model: Transformer, recorded: str | Path) -> None:
+    """Keeps in memory those experts that a record used most; `read_uses` says which records.
+
+    Raises UsageError for a record of another model.
+    """
+    residency = residency_of(model)
+    assert residency is not None
+    layers = residency.cache.layers
+    residency.cache.place(read_uses(recorded, len(layers), layers[0].num_experts))
 
 
 def residency_of(model: Transformer) -> Residency | None:

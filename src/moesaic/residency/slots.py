@@ -28,6 +28,8 @@ class SlotTable:
         """That is computed."""
         self.uses = np.zeros((num_layers, num_experts), np.float32)
         """Share of passes that used the expert, of late."""
+        self.recorded_uses = np.zeros((num_layers, num_experts))
+        """Of each layer the shares of its experts, for the policy `recorded`."""
         self.last_use = np.zeros((num_layers, num_experts), np.int64)
         self.expert_at = np.full((number, 2), -1)
         """(S, 2): who stands there; layer -1 for nobody."""
@@ -38,6 +40,10 @@ class SlotTable:
         self._held = np.zeros(number, bool)
         self._expected = np.zeros(number, bool)
         self._awaited: set[int] = set()
+
+    def follow(self, uses: NDArray[np.float64]) -> None:
+        """From now on those stay that have the highest of these shares (L, E)."""
+        self.recorded_uses, self._worth = uses, POLICIES["recorded"]
 
     def __contains__(self, expert: Expert) -> bool:
         return expert in self._slot_of
@@ -142,9 +148,17 @@ def latest_next_use(table: SlotTable) -> NDArray[np.float64]:
     return -(way_S + 1 / probability_S - 1)
 
 
+def recorded(table: SlotTable) -> NDArray[np.float64]:
+    """Who was used most rarely in a record leaves; of equals as LRU."""
+    layer_S, number_S = table.expert_at.T
+    recency_S = table.last_use[layer_S, number_S] / (table.last_use.max() + 1.0)
+    return table.recorded_uses[layer_S, number_S] + 1e-9 * recency_S
+
+
 POLICIES: dict[str, Callable[[SlotTable], NDArray[np.float64]]] = {
     "lru": least_recent,
     "lfu": least_frequent,
     "next_use": latest_next_use,
+    "recorded": recorded,
 }
 """What an expert in a slot is worth; the one of the least worth leaves."""

@@ -18,6 +18,7 @@ from moesaic.server.chat import chat_completions
 from moesaic.server.completions import completions
 from moesaic.server.context import REQUEST_SECONDS, Context
 from moesaic.server.errors import ApiError, add_handlers
+from moesaic.server.hosts import Hosts
 from moesaic.server.limits import MAX_BODY, Guard, Keys, request_body
 from moesaic.server.metrics import CONTENT_TYPE
 from moesaic.server.responses import responses
@@ -42,13 +43,15 @@ def create_app(
     *,
     model_name: str,
     api_keys: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
     request_seconds: float = REQUEST_SECONDS,
     max_body: int = MAX_BODY,
 ) -> FastAPI:
     """OpenAI's API for `service`, which is started and closed with the app.
 
-    With `api_keys` every address but health, readiness and the files of the page asks for one of them. A request may
-    take `request_seconds`, and its body `max_body` bytes.
+    With `api_keys` every address but health, readiness and the files of the page asks for one of them. With `hosts`,
+    requests must name one of these as their host, or this machine. A request may take `request_seconds`, and its body
+    `max_body` bytes.
     """
     context = Context(service, model_name, request_seconds=request_seconds, max_body=max_body)
 
@@ -71,6 +74,8 @@ def create_app(
     add_handlers(app)
     if api_keys:
         app.add_middleware(Keys, keys=api_keys, is_public=_is_public)
+    if hosts is not None:
+        app.add_middleware(Hosts, names=hosts)
     app.add_middleware(Guard)
     _describe_bodies(app)
     return app
@@ -104,11 +109,17 @@ def _add_gets(app: FastAPI, context: Context) -> None:
     async def metrics() -> Response:
         return Response(await asyncio.to_thread(context.metrics.render), media_type=CONTENT_TYPE)
 
+    async def description() -> Response:
+        return JSONResponse(await asyncio.to_thread(app.openapi))
+
     app.add_api_route("/v1/models", models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models/{name:path}", model, methods=["GET"], response_model=None)
     app.add_api_route("/health", health, methods=["GET"], response_model=None)
     app.add_api_route("/ready", ready, methods=["GET"], response_model=None)
+    for path, state in (("/health", health), ("/ready", ready)):
+        app.add_api_route(path, state, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/metrics", metrics, methods=["GET"], response_model=None)
+    app.add_api_route("/openapi.json", description, methods=["GET"], include_in_schema=False)
 
 
 def _model(context: Context) -> dict[str, Any]:

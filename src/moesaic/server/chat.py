@@ -6,14 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from moesaic.engine.request import Delta, PromptReport, Request
+from moesaic.engine.request import Delta, PromptReport, Request, Token
 from moesaic.server.context import Context
 from moesaic.server.errors import refuse
-from moesaic.server.generation import Answer, Texts, usage, while_connected
+from moesaic.server.generation import Answer, Texts, num_told, usage, while_connected
+from moesaic.server.large_json import json_response, off_the_loop
 from moesaic.server.limits import read_request
-from moesaic.server.logprobs import chat_logprobs
+from moesaic.server.logprobs import ToldTokens, chat_logprobs
 from moesaic.server.prompts import answer_room, chat_prompt, template_messages, template_tools
 from moesaic.server.replies import Reply, Tools
 from moesaic.server.routed_experts import RoutedExperts, first_told
@@ -30,7 +31,7 @@ async def chat_completions(context: Context, http: HttpRequest) -> Response:
     requests = await while_connected(http.receive, chat.prepare())
     if body.stream:
         return await event_stream(context, http, chat.stream(requests))
-    return JSONResponse(await while_connected(http.receive, chat.complete(requests)))
+    return await while_connected(http.receive, chat.complete(requests))
 
 
 class Chat:
@@ -60,7 +61,7 @@ class Chat:
         check_variables(variables)
         prompt_ids = await chat_prompt(
             context,
-            template_messages(body.messages),
+            lambda: template_messages(body.messages),
             tools=template_tools(body.tools) if self._tools.offered else None,
             variables=variables,
             add_generation_prompt=body.add_generation_prompt is not False,
@@ -85,24 +86,30 @@ class Chat:
                 routed_experts=bool(body.return_routed_experts),
                 routed_from=first_told(body.routed_experts_start_len, len(prompt_ids)),
                 visible_ids=self._tools.visible_ids,
+                new_message=True,
                 constraint=constraint,
             )
             for choice, constraint in enumerate(constraints)
         ]
 
-    async def complete(self, requests: list[Request]) -> dict[str, Any]:
+    async def complete(self, requests: list[Request]) -> Response:
         async with Texts(self._context, requests) as texts:
             answers = await texts.answers()
-        return {
+        num_values = num_told(answers, self._body.top_logprobs)
+        choices = await off_the_loop(
+            num_values, lambda: [self._choice(index, answer) for index, answer in enumerate(answers)]
+        )
+        whole = {
             "id": self._id,
             "object": "chat.completion",
             "created": self._created,
             "model": self._context.model_name,
-            "choices": [self._choice(index, answer) for index, answer in enumerate(answers)],
+            "choices": choices,
             "usage": usage(answers[0].prompt, sum(len(answer.tokens) for answer in answers)),
             "service_tier": None,
             "system_fingerprint": None,
         }
+        return await json_response(whole, num_values)
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
         reply = self._tools.reply()
@@ -114,7 +121,7 @@ class Chat:
             "finish_reason": reply.finish_reason(answer.finish_reason),
         }
         if self._body.logprobs:
-            choice["logprobs"] = self.logprobs(answer)
+            choice["logprobs"] = self.logprobs(answer.told_tokens)
         if self._body.return_routed_experts:
             choice["sgl_ext"] = RoutedExperts(self._body.routed_experts_start_len).of(answer.prompt, answer.tokens)
         return choice
@@ -128,14 +135,14 @@ class Chat:
                 told = b""
                 for index, delta in await texts.take():
                     prompt, generated = prompt or delta.prompt, generated + len(delta.tokens)
-                    told += choices[index].tell(delta)
+                    told += await off_the_loop(num_told([delta]), choices[index].tell, delta)
                 if told:
                     yield told
         if self._body.stream_options is not None and self._body.stream_options.include_usage:
             yield event(self._frame([]) | {"usage": usage(prompt, generated)})
 
-    def logprobs(self, part: Answer | Delta) -> dict[str, Any]:
-        return chat_logprobs(part.tokens, self._context.token_texts, self._body.top_logprobs or 0)
+    def logprobs(self, tokens: list[Token]) -> dict[str, Any]:
+        return chat_logprobs(tokens, self._context.token_texts, self._body.top_logprobs or 0)
 
     def chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         frame = self._frame([choice])
@@ -157,7 +164,7 @@ class _Streamed:
 
     def __init__(self, chat: Chat, body: ChatRequest, index: int, reply: Reply) -> None:
         self._chat, self._body, self._index, self._reply = chat, body, index, reply
-        self._began = False
+        self._began, self._told_tokens = False, ToldTokens()
         self._routed = RoutedExperts(body.routed_experts_start_len)
         self._text = TextEvent(lambda text: self._chunk({"content": text}))
 
@@ -171,8 +178,9 @@ class _Streamed:
         if delta.finish_reason is not None:
             messages += self._reply.finish()
         extras: dict[str, Any] = {}
-        if self._body.logprobs and delta.tokens:
-            extras["logprobs"] = self._chat.logprobs(delta)
+        tokens = self._told_tokens.push(delta)
+        if self._body.logprobs and tokens:
+            extras["logprobs"] = self._chat.logprobs(tokens)
         if self._body.return_routed_experts and (delta.tokens or delta.prompt):
             extras["sgl_ext"] = self._routed.of(delta.prompt, delta.tokens)
         if extras and not messages:

@@ -8,15 +8,16 @@ from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from moesaic.engine.request import Delta, PromptReport, Request, Token
 from moesaic.server.chat import check_choices
 from moesaic.server.context import Context
 from moesaic.server.errors import refuse
-from moesaic.server.generation import Answer, Texts, usage, while_connected
+from moesaic.server.generation import Answer, Texts, num_told, usage, while_connected
+from moesaic.server.large_json import json_response, off_the_loop
 from moesaic.server.limits import read_request
-from moesaic.server.logprobs import CompletionLogprobs, joined_logprobs
+from moesaic.server.logprobs import CompletionLogprobs, ToldTokens, joined_logprobs
 from moesaic.server.prompts import answer_room, text_prompt
 from moesaic.server.routed_experts import RoutedExperts, first_told
 from moesaic.server.sampling import compile_constraints, sampling_of, seed_of_choice, structure_of
@@ -41,7 +42,7 @@ async def completions(context: Context, http: HttpRequest) -> Response:
     requests = await while_connected(http.receive, completion.prepare())
     if body.stream:
         return await event_stream(context, http, completion.stream(requests))
-    return JSONResponse(await while_connected(http.receive, completion.complete(requests)))
+    return await while_connected(http.receive, completion.complete(requests))
 
 
 class Completion:
@@ -94,22 +95,22 @@ class Completion:
     async def _read(self, prompt: str | list[int]) -> Prompt:
         if isinstance(prompt, str):
             return Prompt(await text_prompt(self._context, prompt, self._body.add_special_tokens is not False), prompt)
-        vocab_size = self._context.service.model_config.vocab_size
-        wrong = next((token_id for token_id in prompt if token_id >= vocab_size), None)
-        if wrong is not None:
-            raise refuse("prompt", f"{wrong} is not a token id; there are 0 to {vocab_size - 1}")
+        vocab_size, highest = self._context.service.model_config.vocab_size, max(prompt)
+        if highest >= vocab_size:
+            raise refuse("prompt", f"{highest} is not a token id; there are 0 to {vocab_size - 1}")
         text = await self._context.texts.run(self._context.tokenizer.decode, prompt) if self._body.echo else ""
         return Prompt(prompt, text)
 
-    async def complete(self, requests: list[Request]) -> dict[str, Any]:
+    async def complete(self, requests: list[Request]) -> Response:
         async with Texts(self._context, requests) as texts:
             answers = await texts.answers()
-        # Log-probabilities of long prompts are many.
-        choices = await self._context.texts.run(
-            lambda: [self._choice(index, answer) for index, answer in enumerate(answers)]
+        num_values = num_told(answers, self._body.logprobs)
+        choices = await off_the_loop(
+            num_values, lambda: [self._choice(index, answer) for index, answer in enumerate(answers)]
         )
         generated = 0 if self._nothing_new else sum(len(answer.tokens) for answer in answers)
-        return self._frame(choices) | {"usage": self._usage([answer.prompt for answer in answers], generated)}
+        whole = self._frame(choices) | {"usage": self._usage([answer.prompt for answer in answers], generated)}
+        return await json_response(whole, num_values)
 
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
         told = _Told(self._context, self._body, self._prompts[index // self._n])
@@ -118,7 +119,7 @@ class Completion:
         return {
             "index": index,
             "text": text,
-            "logprobs": told.logprobs(answer.prompt, tokens),
+            "logprobs": told.logprobs(answer.prompt, answer.told_tokens),
             "finish_reason": "length" if self._nothing_new else answer.finish_reason,
             **told.routed(answer.prompt, tokens),
         }
@@ -137,7 +138,7 @@ class Completion:
                     if told[index].is_plain(delta):
                         written += plain[index](delta.text)
                     else:
-                        written += self._event(index, told[index], delta)
+                        written += await off_the_loop(num_told([delta]), self._event, index, told[index], delta)
                 if written:
                     yield written
         if self._wants_usage:
@@ -145,17 +146,19 @@ class Completion:
 
     def _event(self, index: int, told: "_Told", delta: Delta) -> bytes:
         tokens = () if self._nothing_new else delta.tokens
+        told_tokens = told.tokens.push(delta)
         first, told.began = not told.began, True
         text = told.text(delta.text, first=first)
         choice = {
             "index": index,
             "text": text,
-            "logprobs": told.logprobs(delta.prompt, tokens),
+            "logprobs": told.logprobs(delta.prompt, told_tokens),
             "finish_reason": "length" if self._nothing_new and delta.finish_reason else delta.finish_reason,
             **told.routed(delta.prompt, tokens),
         }
-        if not text and not tokens and choice["finish_reason"] is None:
-            return b""
+        says = text or told_tokens or (self._body.echo and delta.prompt) or choice["finish_reason"] is not None
+        if not says and not (tokens and self._body.return_routed_experts):
+            return b""  # the text of its tokens comes later
         return event(self._chunk(choice))
 
     def _plain_chunk(self, index: int, text: str) -> dict[str, Any]:
@@ -192,13 +195,15 @@ class _Told:
     """How far the telling of a choice has come: what was echoed, and at which character it is."""
 
     def __init__(self, context: Context, body: CompletionRequest, prompt: Prompt) -> None:
-        self.began = False
+        self.began, self.tokens = False, ToldTokens()
         self._body, self._prompt = body, prompt
         self._nothing_new = body.max_tokens == 0
         self._routed = RoutedExperts(body.routed_experts_start_len)
         self._logprobs = None
         if body.logprobs is not None:
-            self._logprobs = CompletionLogprobs(context.tokenizer, context.token_texts, body.logprobs)
+            self._logprobs = CompletionLogprobs(
+                context.tokenizer, context.token_texts, body.logprobs, () if body.echo else prompt.ids
+            )  # fmt: skip
 
     def is_plain(self, delta: Delta) -> bool:
         """Whether there is nothing to tell but a text in the middle."""
@@ -215,7 +220,7 @@ class _Told:
         parts = []
         if self._body.echo and prompt is not None and prompt.logprobs is not None:
             parts.append(self._logprobs.of_prompt(self._prompt.ids, prompt.logprobs))
-        parts.append(self._logprobs.of_tokens(tokens))
+        parts.append(self._logprobs.of_tokens(() if self._nothing_new else tokens))
         return joined_logprobs(*parts)
 
     def routed(self, prompt: PromptReport | None, tokens: Sequence[Token]) -> dict[str, Any]:

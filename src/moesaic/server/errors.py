@@ -1,9 +1,10 @@
 """Errors as OpenAI's clients read them: {"error": {"message", "type", "param", "code"}}, whatever went wrong."""
 
+import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,10 +15,16 @@ from starlette.responses import Response
 from moesaic.engine.request import OverloadedError
 from moesaic.errors import MoesaicError, UsageError
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 503: "overloaded_error", 504: "timeout_error"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _CODES = {404: "not_found", 405: "method_not_allowed", 503: "overloaded", 504: "timeout"}
 _ROUTING = {
-    "Not Found": "there is nothing at this address",
+    "Not Found": "there is nothing at this address; /openapi.json tells what there is",
     "Method Not Allowed": "this address does not take this method",
 }
 _INSTEAD = {
@@ -93,9 +100,11 @@ def validation_error(error: ValidationError, data: object) -> ApiError:
     return ApiError(400, f"{param}: {message}" if param else message, param=param or None)
 
 
-def unknown_field(name: str) -> ApiError:
+def unknown_field(name: str, known: Iterable[str] = ()) -> ApiError:
     name = name[:100]
-    return refuse(name, _INSTEAD.get(name, "this field is unknown here, or not supported; leave it out"))
+    near = difflib.get_close_matches(name, known, n=1)
+    fix = f"leave it out, or send {near[0]}" if near else "leave it out"
+    return refuse(name, _INSTEAD.get(name, f"this field is unknown here, or not supported; {fix}"))
 
 
 def field_path(location: tuple[int | str, ...], data: object, kind: str = "") -> str:

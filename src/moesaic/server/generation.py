@@ -2,9 +2,8 @@
 there."""
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from moesaic.engine.request import Delta, FinishReason, PromptReport, Request, Token
+from moesaic.engine.service import DeltaStream
 from moesaic.errors import MoesaicError
 from moesaic.server.context import Context
 from moesaic.server.errors import ApiError, api_error
@@ -25,8 +25,14 @@ class Answer:
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
+    num_told: int = 0
     prompt: PromptReport | None = None
     finish_reason: FinishReason | None = None
+
+    @property
+    def told_tokens(self) -> list[Token]:
+        """Without those behind the place where a stop string has cut the text."""
+        return self.tokens[: self.num_told]
 
 
 class Texts:
@@ -43,11 +49,16 @@ class Texts:
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
         self._unfinished = len(requests)
+        self._streams: list[DeltaStream] = []
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "Texts":
+        try:
+            self._streams = self._context.service.submit_all(self._requests)
+        except MoesaicError as error:
+            raise api_error(error) from None
         self._timer = asyncio.get_running_loop().call_later(self._context.request_seconds, self._expire)
-        self._tasks = [asyncio.create_task(self._follow(i, request)) for i, request in enumerate(self._requests)]
+        self._tasks = [asyncio.create_task(self._follow(i, stream)) for i, stream in enumerate(self._streams)]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -55,6 +66,8 @@ class Texts:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for stream in self._streams:
+            stream.close()
 
     @property
     def finished(self) -> bool:
@@ -81,27 +94,25 @@ class Texts:
                 answer = answers[index]
                 pieces[index].append(delta.text)
                 answer.tokens += delta.tokens
+                answer.num_told += delta.num_told
                 answer.prompt = delta.prompt or answer.prompt
                 answer.finish_reason = delta.finish_reason or answer.finish_reason
         for answer, parts in zip(answers, pieces, strict=True):
             answer.text = "".join(parts)
         return answers
 
-    async def _follow(self, index: int, request: Request) -> None:
+    async def _follow(self, index: int, stream: DeltaStream) -> None:
         """A task for each text, which the engine never waits for."""
         watch = self._context.metrics.watch(self._start)
         try:
-            async with contextlib.aclosing(self._context.service.generate(request)) as deltas:
-                async for delta in deltas:
-                    watch.saw(delta)
-                    if delta.finish_reason in ("error", "cancelled"):
-                        raise _failure(delta)
-                    unread = self._pending.get(index)
-                    self._pending[index] = delta if unread is None else unread + delta
-                    self._unfinished -= delta.finish_reason is not None
-                    self._wake.set()
-        except MoesaicError as error:
-            self._fail(api_error(error))
+            async for delta in stream:
+                watch.saw(delta)
+                if delta.finish_reason in ("error", "cancelled"):
+                    raise _failure(delta)
+                unread = self._pending.get(index)
+                self._pending[index] = delta if unread is None else unread + delta
+                self._unfinished -= delta.finish_reason is not None
+                self._wake.set()
         except Exception as error:  # told to whoever takes the texts
             self._fail(error)
 
@@ -139,6 +150,15 @@ async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def num_told(parts: Iterable[Answer | Delta], top_logprobs: int | None = None) -> int:
+    """About how many values it takes to tell these."""
+    count = 0
+    for part in parts:
+        prompt = part.prompt
+        count += len(part.tokens) + (len(prompt.logprobs or ()) + len(prompt.routing or ()) if prompt else 0)
+    return count * (1 + (top_logprobs or 0))
 
 
 def usage(prompt: PromptReport | None, generated: int, num_prompt_tokens: int | None = None) -> dict[str, Any]:

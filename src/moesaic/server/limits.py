@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moesaic.server.errors import ApiError, unknown_field, validation_error
+from moesaic.server.large_json import check_counts
 
 MAX_BODY = 8 * 2**20
 MAX_DEPTH = 64
@@ -38,7 +39,7 @@ async def read_request(request: Request, model: type[Model], *, max_body: int = 
         ) from None
     if len(body) < _LARGE_BODY:
         return _parse(body, model)
-    return await asyncio.to_thread(_parse, body, model)
+    return await asyncio.to_thread(_parse_large, body, model)
 
 
 async def _read_body(request: Request, max_body: int) -> bytes:
@@ -60,6 +61,11 @@ async def _read_body(request: Request, max_body: int) -> bytes:
     return bytes(body)
 
 
+def _parse_large(body: bytes, model: type[Model]) -> Model:
+    check_counts(body)
+    return _parse(body, model)
+
+
 def _parse(body: bytes, model: type[Model]) -> Model:
     try:
         data = from_json(body, allow_inf_nan=False, cache_strings="keys")
@@ -72,7 +78,7 @@ def _parse(body: bytes, model: type[Model]) -> Model:
         data = {name: value for name, value in data.items() if value is not None}
         unknown = next((name for name in data if name not in names), None)
         if unknown is not None:
-            raise unknown_field(unknown)
+            raise unknown_field(unknown, names)
     try:
         return model.model_validate(data)
     except ValidationError as error:

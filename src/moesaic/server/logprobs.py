@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from moesaic.engine.request import Logprob, Token
+from moesaic.engine.request import Delta, Logprob, Token
 from moesaic.server.token_texts import TokenTexts
 from moesaic.tokenizer import Tokenizer
 
@@ -29,12 +29,26 @@ def _entry(token_id: int, value: float, texts: TokenTexts) -> dict[str, Any]:
     }
 
 
-class CompletionLogprobs:
-    """Of a completion's choice, which may begin with its prompt; offsets count the characters before each token."""
+class ToldTokens:
+    """Keeps tokens back until some of their text is told: a stop string may yet cut it off, and them with it."""
 
-    def __init__(self, tokenizer: Tokenizer, texts: TokenTexts, count: int) -> None:
+    def __init__(self) -> None:
+        self._waiting: list[Token] = []
+
+    def push(self, delta: Delta) -> list[Token]:
+        """Those that can be told now."""
+        waiting = self._waiting + list(delta.tokens)
+        self._waiting = waiting[delta.num_told :]
+        return waiting[: delta.num_told]
+
+
+class CompletionLogprobs:
+    """Of a completion's choice, which begins with its prompt or after the ids `after`; offsets count the characters
+    before each token."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: TokenTexts, count: int, after: Sequence[int] = ()) -> None:
         self._texts, self._count = texts, count
-        self._decoder = tokenizer.decoder()
+        self._decoder = tokenizer.decoder(after)
         self._offset = 0
 
     def of_prompt(self, ids: Sequence[int], logprobs: Sequence[Logprob | None]) -> dict[str, Any]:

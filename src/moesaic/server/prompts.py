@@ -1,18 +1,19 @@
 """Messages and texts of requests as token ids; all of it on threads, since templates and long texts take their time."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from moesaic.errors import UsageError
 from moesaic.server.context import Context
 from moesaic.server.errors import ApiError, refuse
+from moesaic.server.large_json import check_counts
 from moesaic.server.schemas import Message, TextPart, Tool
 
 
 async def chat_prompt(
     context: Context,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Callable[[], Sequence[Mapping[str, Any]]],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     variables: Mapping[str, Any] | None = None,
@@ -20,12 +21,15 @@ async def chat_prompt(
     add_special_tokens: bool = False,
     param: str = "messages",
 ) -> list[int]:
-    """The ids of a chat, as the model's template writes it. Raises ApiError where it refuses the messages."""
+    """The ids of a chat, as the model's template writes it; `messages` gives what it takes, on a thread.
+
+    Raises ApiError where they are refused.
+    """
     tokenizer = context.tokenizer
 
     def render() -> list[int]:
         text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools, **(variables or {})
+            messages(), add_generation_prompt=add_generation_prompt, tools=tools, **(variables or {})
         )
         return tokenizer.encode(text, add_special_tokens=add_special_tokens, parse_special_tokens=True)
 
@@ -70,6 +74,7 @@ def _template_message(message: Message, where: str) -> dict[str, Any]:
 
 
 def template_call(call_id: str | None, name: str, arguments: str, where: str) -> dict[str, Any]:
+    check_counts(arguments.encode("utf-8", "replace"))
     try:
         parsed = json.loads(arguments or "{}")
     except (ValueError, RecursionError):

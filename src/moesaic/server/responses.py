@@ -6,15 +6,16 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from moesaic.engine.request import Delta, FinishReason, PromptReport, Request, Token
+from moesaic.engine.request import FinishReason, PromptReport, Request, Token
 from moesaic.server.chat import check_variables
 from moesaic.server.context import Context
 from moesaic.server.errors import ApiError, refuse
-from moesaic.server.generation import Texts, while_connected
+from moesaic.server.generation import Texts, num_told, while_connected
+from moesaic.server.large_json import json_response, off_the_loop
 from moesaic.server.limits import read_request
-from moesaic.server.logprobs import chat_logprobs
+from moesaic.server.logprobs import ToldTokens, chat_logprobs
 from moesaic.server.prompts import answer_room, chat_prompt, joined_text, template_call, template_tools
 from moesaic.server.replies import Tools
 from moesaic.server.response_items import Items
@@ -36,7 +37,7 @@ async def responses(context: Context, http: HttpRequest) -> Response:
     request = await while_connected(http.receive, asked.prepare())
     if body.stream:
         return await event_stream(context, http, asked.stream(request), asked.describe_error, end=b"")
-    return JSONResponse(await while_connected(http.receive, asked.complete(request)))
+    return await while_connected(http.receive, asked.complete(request))
 
 
 class AskedResponse:
@@ -56,6 +57,8 @@ class AskedResponse:
         if self._structure is not None and self._tools.forced:
             raise refuse("text.format", "tool_choice says already what the text must be; send one of them")
         self._number = -1
+        self._num_values = 0
+        """About how many have been told."""
 
     async def prepare(self) -> Request:
         """Raises ApiError for what cannot be done, before anything is answered."""
@@ -66,7 +69,7 @@ class AskedResponse:
         check_variables(variables)
         prompt_ids = await chat_prompt(
             context,
-            _messages(body),
+            lambda: _messages(body),
             tools=template_tools(self._functions) if self._tools.offered else None,
             variables=variables,
             param="input",
@@ -83,19 +86,22 @@ class AskedResponse:
             routed_experts=bool(body.return_routed_experts),
             routed_from=first_told(body.routed_experts_start_len, len(prompt_ids)),
             visible_ids=self._tools.visible_ids,
+            new_message=True,
             constraint=constraints[0],
         )
 
-    async def complete(self, request: Request) -> dict[str, Any]:
+    async def complete(self, request: Request) -> Response:
         final: dict[str, Any] = {}
         async for batch in self._events(request):
             for told in batch:
                 final = told.get("response", final)
-        return final
+        return await json_response(final, self._num_values)
 
     async def stream(self, request: Request) -> AsyncGenerator[bytes, None]:
         async for batch in self._events(request):
-            yield b"".join(self._numbered(told) for told in batch)
+            # The last events have all that was told before.
+            num_values = self._num_values if "response" in batch[-1] else 0
+            yield await off_the_loop(num_values, lambda batch=batch: b"".join(map(self._numbered, batch)))
 
     def describe_error(self, error: ApiError) -> bytes:
         failed = self._response("failed", error={"code": error.code or "server_error", "message": error.message})
@@ -103,12 +109,12 @@ class AskedResponse:
 
     def _numbered(self, told: Event) -> bytes:
         self._number += 1
-        return event({**told, "sequence_number": self._number}, told["type"])
+        return event({**told, "sequence_number": self._number}, told["type"], in_pieces="response" in told)
 
     async def _events(self, request: Request) -> AsyncGenerator[list[Event], None]:
         """What happens, a step's worth at a time."""
-        items, reply = Items(), self._tools.reply()
-        routed = RoutedExperts(self._body.routed_experts_start_len)
+        body, items, reply, told_tokens = self._body, Items(), self._tools.reply(), ToldTokens()
+        routed = RoutedExperts(body.routed_experts_start_len)
         prompt: PromptReport | None = None
         generated, tokens = 0, list[Token]()
         batch = [self._lifecycle("created", "in_progress"), self._lifecycle("in_progress", "in_progress")]
@@ -116,24 +122,25 @@ class AskedResponse:
             while not texts.finished:
                 for _, delta in await texts.take():
                     prompt, generated = prompt or delta.prompt, generated + len(delta.tokens)
-                    if self._body.return_routed_experts:
+                    self._num_values += num_told([delta], body.top_logprobs)
+                    if body.return_routed_experts:
                         tokens += delta.tokens
-                    batch += items.push(reply.push(delta.text), self._logprobs(delta))
+                    batch += items.push(reply.push(delta.text), self._logprobs(told_tokens.push(delta)))
                     if delta.finish_reason is not None:
                         batch += items.push(reply.finish(), [])
                         batch += items.close("incomplete" if delta.finish_reason == "length" else "completed")
                         extras: dict[str, Any] = {"usage": _usage(prompt, generated)}
-                        if self._body.return_routed_experts:
-                            extras["sgl_ext"] = routed.of(prompt, tokens)
+                        if body.return_routed_experts:
+                            extras["sgl_ext"] = await off_the_loop(self._num_values, routed.of, prompt, tokens)
                         batch.append(self._end(delta.finish_reason, items.output, extras))
                 if batch:
                     yield batch
                 batch = []
 
-    def _logprobs(self, delta: Delta) -> list[dict[str, Any]]:
+    def _logprobs(self, tokens: list[Token]) -> list[dict[str, Any]]:
         if not self._wants_logprobs:
             return []
-        return chat_logprobs(delta.tokens, self._context.token_texts, self._body.top_logprobs or 0)["content"]
+        return chat_logprobs(tokens, self._context.token_texts, self._body.top_logprobs or 0)["content"]
 
     def _end(self, reason: FinishReason, output: list[Event], extras: dict[str, Any]) -> Event:
         if reason == "length":
@@ -156,12 +163,12 @@ class AskedResponse:
             "incomplete_details": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "metadata": body.metadata if isinstance(body.metadata, dict) else {},
+            "metadata": body.metadata or {},
             "model": self._context.model_name,
             "output": [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning is not None else None, "summary": None},
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {

@@ -3,7 +3,7 @@ refused."""
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moesaic.server.schemas import (
     MAX_LOGPROBS,
@@ -21,9 +21,15 @@ from moesaic.server.schemas import (
 )
 
 
+def _without_thoughts(item: Any) -> Any:
+    """Reasoning is for clients to read, whatever it is made of."""
+    return {"type": "reasoning"} if isinstance(item, dict) and item.get("type") == "reasoning" else item
+
+
 class InputItem(Open):
     """A message, a call of a function, or what it gave back; other kinds are refused by name."""
 
+    strip = model_validator(mode="before")(_without_thoughts)
     type: str = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
@@ -89,5 +95,7 @@ class ResponseRequest(ServiceFields, RoutingFields):
     reasoning: Reasoning | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    """Which is told back."""
     max_tool_calls: Count | None = None
     chat_template_kwargs: TemplateVariables | None = None

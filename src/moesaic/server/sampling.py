@@ -10,6 +10,7 @@ from moesaic.config import SamplingConfig
 from moesaic.errors import UsageError
 from moesaic.server.context import Context
 from moesaic.server.errors import ApiError, refuse
+from moesaic.server.large_json import check_counts
 from moesaic.server.schemas import GenerationFields, ResponseFormat
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def _compile(compiler: "ConstraintCompiler", structure: Structure) -> "GrammarCo
     if structure.kind == "json_object":
         return compiler.json_object()
     if structure.kind == "json_schema" and isinstance(value, str):
+        check_counts(value.encode("utf-8", "replace"))
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:

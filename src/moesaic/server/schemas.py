@@ -45,6 +45,7 @@ class ServiceFields(Body):
     service_tier: Harmless = None
     safety_identifier: Harmless = None
     prompt_cache_key: Harmless = None
+    prompt_cache_options: Harmless = None
     prompt_cache_retention: Harmless = None
     verbosity: Harmless = None
 
@@ -223,6 +224,8 @@ class ChatRequest(GenerationFields, PromptFields):
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
     """A variable of the chat template, if it knows one of this name."""
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, max_length=4)] | None = None
+    prediction: Harmless = None
+    """A guess of the answer, which would only make it faster."""
 
 
 class TokenizeRequest(Body):

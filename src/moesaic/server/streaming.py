@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from moesaic.server.context import Context
 from moesaic.server.errors import ApiError
 from moesaic.server.generation import while_connected
+from moesaic.server.large_json import encode_in_pieces
 
 READ_SECONDS = 60.0
 """A client that has not read all so long after the last moment of the answer is let go."""
@@ -24,8 +25,8 @@ _log = logging.getLogger("moesaic.server")
 Events = AsyncGenerator[bytes, None]
 
 
-def event(data: dict[str, Any], name: str | None = None) -> bytes:
-    line = f"data: {_encoder.encode(data)}\n\n"
+def event(data: dict[str, Any], name: str | None = None, *, in_pieces: bool = False) -> bytes:
+    line = f"data: {encode_in_pieces(data) if in_pieces else _encoder.encode(data)}\n\n"
     return (f"event: {name}\n{line}" if name else line).encode("ascii")
 
 

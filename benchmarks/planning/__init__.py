@@ -1,0 +1,1 @@
+"""What others published: speeds of training and decoding, each with hardware, layout and source."""
