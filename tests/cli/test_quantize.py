@@ -88,9 +88,38 @@ def test_weights_are_packed_while_they_are_read(plain: Path) -> None:
     assert packed.stdout == before.stdout != ""
 
 
+def test_experts_that_a_record_used_most_get_more_bits(plain: Path) -> None:
+    counts = [[70, 1, 60, 1, 0, 1], [20, 20, 20, 20, 50, 20]]
+    uses = plain.with_name("uses.json")
+    uses.write_text(json.dumps({"tokens_per_expert": counts}))
+    out = plain.with_name("mixed")
+    result = moesaic("quantize", plain, out, "--scheme", "int4", "--hot", uses, "--bits", "5.6")
+    assert result.returncode == 0, result.stderr
+    rows = {line[:11].strip(): line[11:].split() for line in result.stdout.splitlines()[2:7]}
+    one = 3 * 64 * 64
+    assert rows["experts"][:3] == ["int4", f"{9 * one:,}", "4.50"]
+    assert rows["hot experts"][:3] == ["int8", f"{3 * one:,}", "8.50"]
+    assert float(rows["hot experts"][3].rstrip("%")) < 1 < float(rows["experts"][3].rstrip("%"))
+    share = (130 / 133 + 50 / 150) / 2
+    assert f"3 of 12 experts are hot and took {share:.0%} of the assignments of the record; 5.50 bits" in result.stdout
+    assert "\nhot ones of 6, by layer: 2 1\n" in result.stdout
+    stored = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert stored["hot_experts"] == [[0, 2], [4]]
+    text = moesaic("generate", out, *GREEDY)
+    assert text.returncode == 0, text.stderr
+    assert text.stdout
+    refused = moesaic("generate", out, *GREEDY, "--memory", "2GiB")
+    assert (refused.returncode, refused.stderr.count("\n"), refused.stdout) == (2, 1, "")
+    assert "quantise the model without --hot, or leave memory out" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--scheme int4 --hot-share 0.3", "--hot-share gives 8 bits to the experts that were used most, and no record"),
+        ("--scheme int4 --hot uses.json", "neither is given; give one: --hot-share 0.25"),
+        ("--scheme int8 --hot uses.json --bits 5", "scheme int8 has none of these; choose scheme int4"),
+        ("--scheme int4 --hot uses.json --bits 5", "record one: moesaic inspect"),
         ("--scheme int3", "int3"),
         ("--scheme int4 --group-size 48", "48"),
         ("", "--scheme"),

@@ -50,7 +50,7 @@ def similarity(model: Transformer, layer: int, inputs: Tensor) -> Similarity:
     experts = model.moe_layers[layer].experts
     residency = residency_of(model)
     most = MOST_NUMBERS if residency is None else MOST_NUMBERS // 16
-    num_experts, numbers = _shape_of(experts)
+    num_experts, numbers = experts.num_experts, 3 * experts.hidden_size * experts.intermediate_size
     step = max(1, -(-numbers * num_experts // most))
     sampled_EP = torch.empty(num_experts, len(range(0, numbers, step)))
     for expert, matrices in _matrices(experts):
@@ -98,38 +98,27 @@ class InputSample:
         return keep
 
 
-def _shape_of(experts: Experts) -> tuple[int, int]:
-    """Number of experts, and of numbers in the matrices of one."""
-    if isinstance(experts.store, LayerStore):
-        num_experts = experts.store.residency.cache.layers[experts.store.layer].num_experts
-    else:
-        num_experts = experts.weights(torch.float32 if experts.packed else experts.gate_up.dtype).num_experts
-    return num_experts, 3 * experts.hidden_size * experts.intermediate_size
-
-
 def _matrices(experts: Experts) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
     """Each expert's number, and its matrices as float32, from wherever they are."""
     if not isinstance(experts.store, LayerStore):
-        weights = experts.weights(torch.float32 if experts.packed else experts.gate_up.dtype)
-        yield from _of_chunk(weights, range(weights.num_experts))
+        for weights in experts.stacks(torch.float32 if experts.packed else experts.gate_up.dtype):
+            yield from _of_chunk(weights)
         return
-    cache, layer = experts.store.residency.cache, experts.store.layer
-    numbers = range(cache.layers[layer].num_experts)
-    with closing(cache.chunks(layer, numbers)) as chunks:
+    with closing(experts.store.residency.cache.chunks(experts.store.layer, range(experts.num_experts))) as chunks:
         for weights in chunks:
-            assert weights.slots is not None
-            yield from _of_chunk(weights, [number for number in numbers if int(weights.slots[number]) >= 0])
+            yield from _of_chunk(weights)
 
 
-def _of_chunk(weights: ExpertWeights, numbers: Sequence[int]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    for number in numbers:
+def _of_chunk(weights: ExpertWeights) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    slots_E = weights.slots
+    for number in range(weights.num_experts) if slots_E is None else (slots_E >= 0).nonzero().flatten().tolist():
         gate_up, down = weights.matrices_of(number, torch.float32)
         yield number, (gate_up.detach().float().cpu(), down.detach().float().cpu())
 
 
 def _output(experts: Experts, expert: int, inputs: Tensor) -> Tensor:
     """(S x D,) float32: what one expert makes of all inputs."""
-    num_tokens, num_experts = len(inputs), _shape_of(experts)[0]
+    num_tokens, num_experts = len(inputs), experts.num_experts
     device = inputs.device
     routing = Routing(
         token_ids=torch.arange(num_tokens, device=device),

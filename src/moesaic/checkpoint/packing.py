@@ -14,23 +14,28 @@ from moesaic.checkpoint.families.hf_config import shortened
 from moesaic.checkpoint.families.layout import Layout, same
 from moesaic.config import ModelConfig
 from moesaic.errors import MoesaicError, UsageError
-from moesaic.model.quantize import SCHEMES, Quantization, packed_weights
+from moesaic.model.experts import HOT, MATRICES
+from moesaic.model.mixed_precision import HotExperts, require_experts
+from moesaic.model.quantize import SCHEMES, Quantization, packed_weights, split_stacks
 from moesaic.model.transformer import Transformer
 from moesaic.ops.quantize import pack
 
 METHOD = "moesaic"
 VERSION = 1
 """Of the layout of packed weights."""
+HOT_KEY = "hot_experts"
+"""By layer with experts, those that are packed as int8 beside others as int4; absent where there are none."""
 
 
 def quantization_to_config(quantization: Quantization) -> dict[str, Any]:
-    return {
+    values = {
         "quant_method": METHOD,
         "version": VERSION,
         "scheme": quantization.scheme,
         "group_size": quantization.group_size,
         "formats": dict(quantization.formats),
     }
+    return values | {HOT_KEY: [list(numbers) for numbers in quantization.hot]} if quantization.hot else values
 
 
 def quantization_from_config(values: Any) -> Quantization | None:
@@ -40,7 +45,7 @@ def quantization_from_config(values: Any) -> Quantization | None:
     """
     if not isinstance(values, Mapping) or values.get("quant_method") != METHOD:
         return None
-    unknown = values.keys() - {"quant_method", "version", "scheme", "group_size", "formats"}
+    unknown = values.keys() - {"quant_method", "version", "scheme", "group_size", "formats", HOT_KEY}
     if unknown:
         raise MoesaicError(f"config.json: quantization_config has the unknown key {shortened(min(unknown))}")
     version, scheme, group_size, formats = map(values.get, ("version", "scheme", "group_size", "formats"))
@@ -62,7 +67,7 @@ def quantization_from_config(values: Any) -> Quantization | None:
         if len(name) > 40:
             raise MoesaicError(f"config.json: quantization_config names {shortened(name)}, which nobody knows")
     try:
-        quantization = Quantization(scheme, group_size, formats)
+        quantization = Quantization(scheme, group_size, formats, _hot_experts(values.get(HOT_KEY, [])))
     except UsageError as error:  # what a user may not ask for; here it came from a file
         raise MoesaicError(f"config.json: quantization_config: {error}") from error
     # Formats of as many bits have the same shapes: int4 read as mxfp4 would load, and be other numbers.
@@ -75,9 +80,37 @@ def quantization_from_config(values: Any) -> Quantization | None:
     return quantization
 
 
+def _hot_experts(values: Any) -> HotExperts:
+    is_of_numbers = isinstance(values, list) and all(
+        isinstance(layer, list) and all(type(number) is int for number in layer) for layer in values
+    )
+    if not is_of_numbers:
+        raise MoesaicError(
+            f"config.json: quantization_config has {HOT_KEY} = {shortened(values)}; it is a list of numbers of experts "
+            "for each layer"
+        )
+    return tuple(map(tuple, values))
+
+
 def packed_layout(layout: Layout, config: ModelConfig, quantization: Quantization) -> Layout:
-    """The layout of a quantised directory: our tensors under our names."""
+    """The layout of a quantised directory: our tensors under our names.
+
+    Raises MoesaicError where its hot experts are not the model's.
+    """
     names = [region.ours for alternatives in layout.tensors for one in alternatives[0] for region in one.regions]
+    if quantization.hot:
+        try:
+            require_experts(quantization.hot, config)
+        except UsageError as error:
+            raise MoesaicError(f"config.json: quantization_config: {error}") from error
+        assert config.moe is not None
+        layers = [index for index in range(config.num_hidden_layers) if config.is_moe_layer(index)]
+        names += [
+            f"layers.{index}.feed_forward.experts.{HOT}{leaf}"
+            for index, numbers in zip(layers, quantization.hot, strict=True)
+            for leaf in MATRICES
+            if 0 < len(numbers) < config.moe.num_experts
+        ]
     if config.tie_word_embeddings and "lm_head" in quantization.formats:
         names.append("lm_head.weight")
     return Layout(tuple(same(name, name) for name in dict.fromkeys(names)))
@@ -96,20 +129,24 @@ class PackingReader:
         joined: Callable[[str], Sequence[str]],
     ) -> None:
         self.packed = {name: (kind, weight) for kind, name, weight in packed_weights(model)}
+        self._split = {name: (whole, experts) for name, whole, experts in split_stacks(model)}
         self._read, self._joined = read, joined
         self._tied = model.config.tie_word_embeddings
         self._in_memory: Mapping[str, Tensor] = {}
 
     def plain(self, name: str) -> Tensor:
-        """The tensor as it is stored."""
-        name = "embed_tokens.weight" if self._tied and name == "lm_head.weight" else name
-        if name in self._in_memory:
-            return self._in_memory[name]
-        together = self._joined(name)
-        self._in_memory = {}  # let go before the next is read
-        tensors = self._read(together)
-        self._in_memory = tensors if len(together) > 1 else {}
-        return tensors[name]
+        """The tensor as it is stored, or those experts of it."""
+        whole, experts = self._split.get(name, (name, None))
+        whole = "embed_tokens.weight" if self._tied and whole == "lm_head.weight" else whole
+        if whole not in self._in_memory:
+            together = self._joined(whole)
+            self._in_memory = {}  # let go before the next is read
+            tensors = self._read(together)
+            if len(together) == 1 and experts is None:
+                return tensors[whole]
+            self._in_memory = tensors
+        weight = self._in_memory[whole]
+        return weight if experts is None else weight[list(experts)]
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as the quantised model has it. Raises MoesaicError for weights that are not finite, by name."""

@@ -1,8 +1,9 @@
 """The routed experts of one layer: their weights, and the backend that computes them.
 
-T tokens, N assignments, E experts, D hidden size, F expert intermediate size.
+T tokens, N assignments, E experts, S of them in a stack, D hidden size, F expert intermediate size.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,18 +11,24 @@ from torch import Tensor, nn
 
 from moesaic.config import ModelConfig
 from moesaic.errors import UsageError
+from moesaic.model.mixed_precision import HOT_FORMAT, StacksByPrecision
 from moesaic.ops import BACKENDS, PLAIN, Activation, Backend, ExpertShape, ExpertWeights, Routing, pick
 from moesaic.ops.expert_rows import ExpertRows
 from moesaic.ops.expert_store import ExpertStore
 from moesaic.ops.permute import rows_with_weighted_inputs, sum_rows_of_tokens
 from moesaic.ops.quantize import PackedWeight, pack
 
+MATRICES = ("gate_up", "down")
+HOT = "hot_"
+"""Before the name of a stack of those experts that have more bits than others."""
+
 
 class Experts(nn.Module):
     """E stacked gated experts. x (T, D) and a routing -> the sum of each token's experts (T, D).
 
     The routing's weights multiply what comes out of an expert, or what goes in where the router says so. After
-    `quantize`, gate_up and down are packed, buffers in place of parameters; after `move_out` a store gives them.
+    `quantize`, gate_up and down are packed, buffers in place of parameters, and where the experts are of two precisions
+    the hot ones have hot_gate_up and hot_down; after `move_out` a store gives them.
     """
 
     def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
@@ -30,8 +37,12 @@ class Experts(nn.Module):
         moe = config.moe
         E, D, F = moe.num_experts, config.hidden_size, moe.moe_intermediate_size
         self.backend = backend
+        self.num_experts = E
         self.hidden_size, self.intermediate_size = D, F
         self._packed: dict[str, PackedWeight] = {}
+        self._members: dict[str, tuple[int, ...]] = {"": tuple(range(E))}
+        self.hot: tuple[int, ...] = ()
+        self._slots_of: dict[str, Tensor] = {}
         self.store: ExpertStore | None = None
         self.activation = Activation(moe.activation, limit=moe.swiglu_limit, alpha=moe.swiglu_alpha)
         self.weighs_inputs = moe.router == "topk_sigmoid_input"
@@ -40,26 +51,53 @@ class Experts(nn.Module):
         self.gate_up_bias = nn.Parameter(torch.empty(E, 2 * F)) if moe.projection_bias else None
         self.down_bias = nn.Parameter(torch.empty(E, D)) if moe.projection_bias else None
 
-    def quantize(self, format: str, group_size: int) -> None:
-        """Packs gate_up and down, each in its turn; biases stay as they are."""
-        for name in ("gate_up", "down"):
-            packed = pack(self.get_parameter(name), format, group_size)
+    def quantize(self, format: str, group_size: int, hot: Sequence[int] = (), hot_format: str = HOT_FORMAT) -> None:
+        """Packs gate_up and down, each in its turn; biases stay as they are. The experts `hot` get a format of their
+        own, in stacks of their own where not all of them do."""
+        self.hot = tuple(hot)
+        cold = tuple(number for number in range(self.num_experts) if number not in self.hot)
+        if self.hot and cold:
+            self._members, formats = {"": cold, HOT: self.hot}, {"": format, HOT: hot_format}
+        else:
+            formats = {"": hot_format if self.hot else format}
+        for name in MATRICES:
+            weight = self.get_parameter(name)
+            packed = {
+                prefix + name: pack(_stack_of(weight, members), formats[prefix], group_size)
+                for prefix, members in self._members.items()
+            }
             delattr(self, name)
-            self.register_buffer(name, packed.data)
-            self._packed[name] = packed
+            for leaf, stack in packed.items():
+                self.register_buffer(leaf, stack.data)
+            self._packed |= packed
+        if len(self._members) > 1:
+            self.store = StacksByPrecision(self)
+
+    def members(self, leaf: str) -> tuple[int, ...]:
+        """The experts that the packed stack of this name holds, in its order."""
+        return self._members[HOT if leaf.startswith(HOT) else ""]
+
+    def is_hot(self, leaf: str) -> bool:
+        """Whether these are the experts that have more bits."""
+        return self.members(leaf) == self.hot
 
     def move_out(self, dtype: torch.dtype) -> ExpertWeights:
         """Gives up gate_up and down, which may be on the meta device: what is in `store` counts. What is not packed
-        will be of that type."""
+        will be of that type. Raises UsageError for experts of two precisions."""
+        if len(self._members) > 1:
+            raise UsageError(
+                "the experts of a layer are of two precisions, int4 and int8, which a budget of memory does not serve; "
+                "quantise the model without --hot, or leave memory out"
+            )
         weights = self.weights(dtype)
-        for name in ("gate_up", "down"):
+        for name in MATRICES:
             delattr(self, name)
         self._packed = {}
         return weights
 
     @property
     def packed(self) -> dict[str, PackedWeight]:
-        """gate_up (E, 2F, D) and down (E, D, F) by name, where they are packed."""
+        """gate_up (S, 2F, D) and down (S, D, F) by name, and those of hot experts, where they are packed."""
         for name, weight in self._packed.items():
             data = self.get_buffer(name)
             if data is not weight.data:  # the module was moved, or loaded
@@ -78,15 +116,35 @@ class Experts(nn.Module):
         )
 
     def weights(self, dtype: torch.dtype) -> ExpertWeights:
-        """As a backend takes them; what is not packed is of that type."""
-        packed = self.packed
-        return ExpertWeights(
-            gate_up=packed["gate_up"] if packed else self.gate_up.to(dtype),
-            down=packed["down"] if packed else self.down.to(dtype),
-            gate_up_bias=None if self.gate_up_bias is None else self.gate_up_bias.to(dtype),
-            down_bias=None if self.down_bias is None else self.down_bias.to(dtype),
-            activation=self.activation,
-        )
+        """As a backend takes them, where all are of one precision; what is not packed is of that type."""
+        (weights,) = self.stacks(dtype)
+        return weights
+
+    def stacks(self, dtype: torch.dtype) -> list[ExpertWeights]:
+        """One for each precision; where there are two, their `slots` say which experts are there."""
+        packed, is_split = self.packed, len(self._members) > 1
+        return [
+            ExpertWeights(
+                gate_up=packed[f"{prefix}gate_up"] if packed else self.gate_up.to(dtype),
+                down=packed[f"{prefix}down"] if packed else self.down.to(dtype),
+                gate_up_bias=None if self.gate_up_bias is None else self.gate_up_bias.to(dtype),
+                down_bias=None if self.down_bias is None else self.down_bias.to(dtype),
+                activation=self.activation,
+                slots=self._slots(prefix) if is_split else None,
+            )
+            for prefix in self._members
+        ]
+
+    def _slots(self, prefix: str) -> Tensor:
+        """(E,) int32: where in that stack each expert stands; -1 for those of the other."""
+        device = self.get_buffer(f"{prefix}gate_up").device
+        known = self._slots_of.get(prefix)
+        if known is None or known.device != device:
+            slots_E = torch.full((self.num_experts,), -1, dtype=torch.int32)
+            members = self._members[prefix]
+            slots_E[list(members)] = torch.arange(len(members), dtype=torch.int32)
+            known = self._slots_of[prefix] = slots_E.to(device)
+        return known
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -103,7 +161,10 @@ class Experts(nn.Module):
     def _computed_from_store(self, x: Tensor, routing: Routing) -> Tensor:
         assert self.store is not None
         if x.requires_grad and torch.is_grad_enabled():
-            raise UsageError("experts on disk are for inference and give no gradients; load the model without memory")
+            where, leave_out = ("of two precisions", "quantization") if self._packed else ("on disk", "memory")
+            raise UsageError(
+                f"experts {where} are for inference and give no gradients; load the model without {leave_out}"
+            )
         rows = ExpertRows(x, routing, self._backend(x, self.store.format).run)
         with self.store.chunks(routing.expert_ids, x) as chunks:
             for weights in chunks:
@@ -121,3 +182,10 @@ class Experts(nn.Module):
             format=format,
         )
         return BACKENDS[pick(self.backend, shape)]
+
+
+def _stack_of(weight: Tensor, members: Sequence[int]) -> Tensor:
+    """Those matrices of a stack (E, ...)."""
+    if len(members) == len(weight):
+        return weight
+    return weight.index_select(0, torch.tensor(members, device=weight.device))

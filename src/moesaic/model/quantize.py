@@ -3,9 +3,11 @@
 Packed are, by kind: the routed experts, shared experts, the dense feed-forwards, attention's projections, and the head,
 which becomes a copy of its own where it is tied to the embedding. Routers, norms, biases, embeddings and free experts
 stay as they are, and so does latent attention's kv_b_proj, which decoding multiplies from both sides.
+
+Some of the routed experts, the hot ones, may have a kind of their own, in 8 bits beside 4.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +15,17 @@ from torch import nn
 
 from moesaic.config import ModelConfig
 from moesaic.errors import MoesaicError, UsageError
-from moesaic.model.experts import Experts
+from moesaic.model.experts import HOT, Experts
+from moesaic.model.mixed_precision import COLD_FORMAT, HOT_FORMAT, HotExperts, require_experts
 from moesaic.model.mlp import MLP
 from moesaic.model.packed_linear import PackedLinear
 from moesaic.model.transformer import Transformer
 from moesaic.ops.quantize import DEFAULT_GROUP_SIZE, PackedWeight, require_format
 
-KINDS = ("experts", "shared_experts", "mlp", "attention", "lm_head")
+HOT_KIND = "hot_experts"
+KINDS = ("experts", HOT_KIND, "shared_experts", "mlp", "attention", "lm_head")
 SCHEMES = {
-    "int8": dict.fromkeys(KINDS, "int8"),
+    "int8": {kind: "int8" for kind in KINDS if kind != HOT_KIND},
     "int4": {"experts": "int4", "shared_experts": "int8", "mlp": "int8", "attention": "int8", "lm_head": "int4"},
     "mxfp4": {"experts": "mxfp4"},
 }
@@ -37,30 +41,47 @@ NOT_PACKED = ("kv_b_proj",)
 class Quantization:
     """Formats by kind, and the size of groups. `scheme` is a name in SCHEMES, for those who read it.
 
+    `hot` says which experts are of the kind hot_experts; there are such a kind and such experts, or neither.
     Raises UsageError for what is not known.
     """
 
     scheme: str
     group_size: int
     formats: Mapping[str, str]
+    hot: HotExperts = ()
 
     def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            raise UsageError(f"quantization {self.scheme!r} is not known; choose {', '.join(SCHEMES)}")
+        require_scheme(self.scheme)
         for kind, format in self.formats.items():
             if kind not in KINDS:
                 raise UsageError(f"weights of kind {kind!r} are not known; choose {', '.join(KINDS)}")
             require_format(format, self.group_size)
+        if any(self.hot) != (HOT_KIND in self.formats):
+            raise UsageError(
+                f"there are {sum(map(len, self.hot))} hot experts, and {'a' if HOT_KIND in self.formats else 'no'} "
+                "format for them; give both or neither"
+            )
+        if self.hot and (self.formats.get("experts"), self.formats[HOT_KIND]) != (COLD_FORMAT, HOT_FORMAT):
+            raise UsageError(f"hot experts are {HOT_FORMAT} beside others of {COLD_FORMAT}; choose {COLD_FORMAT}")
 
 
-def make_quantization(scheme: str, config: ModelConfig, group_size: int = DEFAULT_GROUP_SIZE) -> Quantization:
+def make_quantization(
+    scheme: str, config: ModelConfig, group_size: int = DEFAULT_GROUP_SIZE, hot: Sequence[Sequence[int]] = ()
+) -> Quantization:
     """`scheme` for such a model: in one without experts the feed-forwards take the experts' format.
 
-    Raises UsageError when the scheme is unknown, has no such groups, or would pack nothing of the model.
+    With int4, `hot` names experts that get int8 in its place, a list for each layer that has experts.
+
+    Raises UsageError when the scheme is unknown, has no such groups, or would pack nothing of the model, and for hot
+    experts that the model does not have.
     """
-    if scheme not in SCHEMES:
-        raise UsageError(f"quantization {scheme!r} is not known; choose {', '.join(SCHEMES)}")
+    require_scheme(scheme)
     formats = SCHEMES[scheme]
+    if any(hot):
+        require_hot_scheme(scheme)
+        require_experts(hot, config)
+        formats = formats | {HOT_KIND: HOT_FORMAT}
+        return Quantization(scheme, group_size, formats, tuple(map(tuple, hot)))
     if config.moe is None:
         if scheme == "mxfp4":
             raise UsageError("quantization mxfp4 packs experts, and this model has none; choose int8 or int4")
@@ -69,22 +90,40 @@ def make_quantization(scheme: str, config: ModelConfig, group_size: int = DEFAUL
     return Quantization(scheme, group_size, formats)
 
 
+def require_scheme(scheme: str) -> None:
+    if scheme not in SCHEMES:
+        raise UsageError(f"quantization {scheme!r} is not known; choose {', '.join(SCHEMES)}")
+
+
+def require_hot_scheme(scheme: str) -> None:
+    """Raises UsageError for a scheme in which no experts stand out by having 8 bits."""
+    if SCHEMES[scheme]["experts"] != COLD_FORMAT:
+        raise UsageError(
+            f"hot experts are {HOT_FORMAT} beside others of {COLD_FORMAT}, and scheme {scheme} has none of these; "
+            f"choose scheme {COLD_FORMAT}"
+        )
+
+
 @torch.no_grad()
 def quantize_model(model: Transformer, quantization: Quantization) -> None:
     """Packs the model's weights in place, one after the other; it is then for inference, without gradients.
 
-    Raises UsageError when the model is packed already, MoesaicError for weights that are not finite, by name.
+    Raises UsageError when the model is packed already or has no such hot experts, MoesaicError for weights that are not
+    finite, by name.
     """
     if is_quantized(model):
         raise UsageError("the model is quantised already; load it without quantization")
+    if quantization.hot:
+        require_experts(quantization.hot, model.config)
     model.requires_grad_(False)
+    hot = iter(quantization.hot)
     for kind, name, module in list(_parts(model)):
         format = quantization.formats.get(kind)
         if format is None:
             continue
         try:
             if isinstance(module, Experts):
-                module.quantize(format, quantization.group_size)
+                module.quantize(format, quantization.group_size, next(hot, ()), HOT_FORMAT)
                 continue
             assert not isinstance(module, PackedLinear)
             weight, bias = (model.embed_tokens.weight, None) if module is None else (module.weight, module.bias)
@@ -103,9 +142,19 @@ def packed_weights(model: nn.Module) -> Iterator[tuple[str, str, PackedWeight]]:
     for kind, name, module in _parts(model):
         if isinstance(module, Experts):
             for leaf, packed in module.packed.items():
-                yield kind, f"{name}.{leaf}", packed
+                yield HOT_KIND if module.is_hot(leaf) else kind, f"{name}.{leaf}", packed
         elif isinstance(module, PackedLinear):
             yield kind, f"{name}.weight", module.packed
+
+
+def split_stacks(model: nn.Module) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name in the model's state, name of the whole stack in a plain model's, experts of it) of packed stacks that hold
+    some of a layer's experts."""
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            for leaf in module.packed:
+                if len(module.members(leaf)) < module.num_experts:
+                    yield f"{name}.{leaf}", f"{name}.{leaf.removeprefix(HOT)}", module.members(leaf)
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, str, Experts | nn.Linear | PackedLinear | None]]:

@@ -61,10 +61,10 @@ def _routing_of_some(routing: Routing, numbers: Tensor) -> Routing:
     """The assignments of these `numbers` (n,) as tokens of their own, of weight 1."""
     count = len(numbers)
     return Routing(
-        token_ids=torch.arange(count),
+        token_ids=torch.arange(count, device=numbers.device),
         expert_ids=routing.expert_ids[numbers],
-        weights=torch.ones(count, dtype=torch.float32),
-        logits=torch.zeros(()).expand(count, routing.num_experts),
+        weights=torch.ones(count, dtype=torch.float32, device=numbers.device),
+        logits=torch.zeros((), device=numbers.device).expand(count, routing.num_experts),
         num_experts=routing.num_experts,
         top_k=1,
     )

@@ -24,7 +24,7 @@ def read_uses(path: str | Path, num_layers: int, num_experts: int) -> NDArray[np
     path = Path(path)
     file = path / HEAD if path.is_dir() else path
     if not file.is_file():
-        raise UsageError(f"placement {path} is no trace; record one: moesaic inspect MODEL --data FILE --trace DIR")
+        raise UsageError(f"{path} is no trace; record one: moesaic inspect MODEL --data FILE --trace DIR")
     try:
         counts_LE = np.array(read_json(file)[KEY], dtype=np.float64)
     except (KeyError, TypeError, ValueError, MoesaicError):
