@@ -68,8 +68,8 @@ MUTATIONS = (
     Mutation(
         "the layers' tokens are counted together, so their imbalances cancel",
         "train/objective.py",
-        "load=torch.stack(loads).sum(0))",
-        "load=torch.stack(loads).sum((0, 1)).expand(num_layers, -1))",
+        "ranks.sum(torch.stack(loads).sum(0))",
+        "ranks.sum(torch.stack(loads).sum((0, 1)).expand(num_layers, -1))",
         TRAPS + "test_imbalances_of_layers_do_not_cancel",
     ),
     Mutation(
@@ -284,6 +284,27 @@ MUTATIONS = (
         "            x, seen = x[:, kept], seen.of_tokens(kept)",
         "            x, seen = x[:, -len(kept) :], seen.of_tokens(kept)",
         "model/test_skip_others.py::test_what_is_kept_is_as_if_all_were",
+    ),
+    Mutation(
+        "the norm averages experts over their ranks",
+        "parallel/gradients.py",
+        "            squares += square / ranks.replicas(of_expert=of_expert[name])",
+        "            squares += square / ranks.count",
+        "parallel/test_gradients.py::test_the_norm_counts_every_expert_once",
+    ),
+    Mutation(
+        "FSDP2 divides gradients that are sums",
+        "parallel/shard.py",
+        "            module.set_gradient_divide_factor(1.0)",
+        "            module.set_gradient_divide_factor(2.0)",
+        "parallel/test_gradients.py::test_a_step_of_gradient_descent_is_that_of_one_process",
+    ),
+    Mutation(
+        "expert gradients are summed over the ep group again",
+        "parallel/gradients.py",
+        "    ranks.sum_replicas(flat, of_expert=of_expert)",
+        "    ranks.sum_replicas(flat, of_expert=False)",
+        "parallel/test_gradients.py::test_a_step_of_gradient_descent_is_that_of_one_process",
     ),
 )
 

@@ -21,6 +21,7 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "RopeScaling",
     "SamplingConfig",
     "ScheduleConfig",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 DTypeName = Literal["float32", "bfloat16"]
+TransportName = Literal["exact", "bfloat16", "fp8", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +175,26 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a run is spread over the ranks that torchrun starts, which number dp x fsdp x ep."""
+
+    dp: int = 0
+    """Copies of the model; 0: as many as the ranks make."""
+    fsdp: int = 1
+    """Ranks among which every parameter is cut (FSDP2)."""
+    ep: int = 1
+    """Ranks among which the experts of a layer are shared out."""
+    transport: TransportName = "exact"
+    """How tokens travel to their experts and back: as they are, or in fewer bytes."""
+    gradient_transport: TransportName = "exact"
+    """The same for their gradients."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(self, "dp")
+        require_positive(self, "fsdp", "ep")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run, complete: the file `config.json` of a run directory holds exactly this."""
 
@@ -182,6 +204,7 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     steps: int = 1000
     batch_size: int = 32
     """Sequences per optimizer step."""
@@ -231,6 +254,20 @@ class TrainConfig:
         )
         if moe is not None:
             self._check_balance(moe)
+        self._check_parallel()
+
+    def _check_parallel(self) -> None:
+        moe, ep = self.model.moe, self.parallel.ep
+        require(ep == 1 or moe is not None, f"parallel.ep is {ep}, but a dense model has no experts; set it to 1")
+        require(
+            moe is None or ep <= moe.num_experts,
+            f"parallel.ep is {ep}, but model.moe.num_experts is {moe and moe.num_experts}; set ep to that or less",
+        )
+        require(
+            self.parallel.fsdp == 1 or self.optimizer.name != "muon",
+            f"parallel.fsdp is {self.parallel.fsdp}, but optimizer.name muon needs whole matrices; use adamw, or set "
+            "parallel.fsdp = 1",
+        )
 
     def _check_balance(self, moe: MoEConfig) -> None:
         balance = self.balance

@@ -40,6 +40,7 @@ for position, (name, function, about) in enumerate(
         ("prune", "prune", "Leave out the experts that matter least."),
         ("merge", "merge", "Make one expert of several that are alike."),
         ("plan", "plan", "What a model would cost on a cluster, from its config alone."),
+        ("launch", "launch", "Print a job file that trains on many machines."),
         ("bench", "bench", "Run a benchmark of the source checkout."),
         ("doctor", "doctor", "What this machine has, and which backend it gets."),
     )

@@ -16,6 +16,7 @@ from moesaic.errors import MoesaicError
 from moesaic.model.balance import max_vio
 from moesaic.model.transformer import Transformer
 from moesaic.ops import Routing
+from moesaic.parallel.ranks import Ranks
 from moesaic.residency.residency import residency_of
 from moesaic.train.routing_statistics import RoutingStatistics
 
@@ -52,6 +53,7 @@ def evaluate(
     *,
     num_domains: int = 1,
     dtype: torch.dtype = torch.float32,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Score batches of (tokens (B, L), targets (B, L), domain ids (B,)). A model with a budget keeps to it.
 
@@ -59,18 +61,21 @@ def evaluate(
         token_bytes: (V,) bytes of text that each token id stands for.
         num_domains: C; with 1 the domain ids do not matter.
         dtype: bfloat16 evaluates under autocast.
+        ranks: which take the sequences of each batch in turn; all get the result.
 
     Raises:
         MoesaicError: there is no batch.
         UsageError: the budget has no room for such batches.
     """
+    ranks = ranks or Ranks()
     device = model.embed_tokens.weight.device
     moe = model.config.moe
     load = torch.zeros(num_domains, len(model.moe_layers), moe.num_routed if moe else 0, dtype=torch.int64)
     statistics = RoutingStatistics(len(model.moe_layers))
     residency = residency_of(model)
     nats, tokens, text_bytes = 0.0, 0, 0
-    for tokens_BL, targets_BL, domains_B in batches:
+    for batch in batches:
+        tokens_BL, targets_BL, domains_B = (part[ranks.index :: ranks.count] for part in batch)
         if num_domains == 1:
             domains_B = torch.zeros_like(domains_B)
         routings: list[Routing] = []
@@ -89,12 +94,15 @@ def evaluate(
         statistics.add(routings, model)
         for layer, routing in enumerate(routings):
             _count_by_domain(load[:, layer], routing, domains_B, tokens_BL.shape[1])
+    nats, tokens, text_bytes = ranks.sum(torch.tensor((nats, tokens, text_bytes), dtype=torch.float64)).tolist()
+    load = ranks.sum(load)
+    statistics.sum_over(ranks)
     if tokens == 0:
         raise MoesaicError("there is no text to evaluate on; give more, or a shorter sequence_length")
     return Evaluation(
         loss=nats / tokens,
         bits_per_byte=nats / math.log(2) / max(text_bytes, 1),
-        tokens=tokens,
+        tokens=int(tokens),
         load=load,
         routing=statistics,
     )

@@ -7,6 +7,9 @@ also where padding leaves them unequally many tokens. One term needs more than c
 the Switch loss in the scope `global_batch` and of the L1 loss of ReLU routers. When there are several micro-batches, a
 pass without gradient over all of them finds it first; the second pass takes the experts that the first one chose. The
 same pass counts the tokens of each layer where tokens may pass layers by.
+
+Micro-batches may also lie on several ranks. Counts, loads and losses are then those of all ranks, and the gradients of
+a rank its share, to be summed over ranks and never averaged.
 """
 
 from collections.abc import Sequence
@@ -30,6 +33,7 @@ from moesaic.model.depth import depth_loss
 from moesaic.model.routers import ReLURouter, Router
 from moesaic.model.transformer import Transformer
 from moesaic.ops import Routing
+from moesaic.parallel.ranks import Ranks
 from moesaic.train.routing_statistics import RoutingStatistics
 
 IGNORED = -100
@@ -129,13 +133,20 @@ class _Whole:
 
 
 def accumulate_gradients(
-    model: Transformer, micro_batches: Sequence[Batch], balance: BalanceConfig, *, dtype: torch.dtype = torch.float32
+    model: Transformer,
+    micro_batches: Sequence[Batch],
+    balance: BalanceConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    ranks: Ranks | None = None,
 ) -> BatchResult:
     """Add the gradients of a whole batch, given as micro-batches, to those of the model's parameters.
 
     `dtype` bfloat16 computes under autocast. Call it in training mode: the routers' noise and capacities belong to it.
+    Each of several `ranks` gives equally many micro-batches of its own; the result is that of all of them.
     """
-    whole = _look_at_whole(model, micro_batches, balance, dtype)
+    ranks = ranks or Ranks()
+    whole = _look_at_whole(model, micro_batches, balance, dtype, ranks)
     routers = [layer.router for layer in model.moe_layers]
     follows_quantile = balance.bias_update_rate > 0 and balance.bias_update_rule == "quantile"
     histograms = [BiasHistogram(router) for router in routers] if follows_quantile else []
@@ -155,7 +166,11 @@ def accumulate_gradients(
         tokens_M = [count + more for count, more in zip(tokens_M, _layer_tokens(routings), strict=True)]
         for router, routing, histogram in zip(routers, routings, histograms, strict=False):
             histogram.add(router, routing)
-    loss, aux, z, l1, depth = torch.stack(terms).sum(0).tolist()
+    loss, aux, z, l1, depth = ranks.sum(torch.stack(terms).sum(0)).tolist()
+    for histogram in histograms:
+        histogram.counts = ranks.sum(histogram.counts)
+    statistics.sum_over(ranks)
+    tokens_M = ranks.sum(torch.tensor(tokens_M)).tolist()
     return BatchResult(loss, aux, z, l1, depth, tokens_M, statistics, histograms)
 
 
@@ -178,10 +193,10 @@ def update_after_step(model: Transformer, result: BatchResult, balance: BalanceC
 
 
 def _look_at_whole(
-    model: Transformer, micro_batches: Sequence[Batch], balance: BalanceConfig, dtype: torch.dtype
+    model: Transformer, micro_batches: Sequence[Batch], balance: BalanceConfig, dtype: torch.dtype, ranks: Ranks
 ) -> _Whole:
-    counts = torch.stack([batch.counts() for batch in micro_batches]).sum(0).tolist()
-    num_layers, in_one_piece = len(model.moe_layers), len(micro_batches) == 1
+    counts = ranks.sum(torch.stack([batch.counts() for batch in micro_batches]).sum(0)).tolist()
+    num_layers, in_one_piece = len(model.moe_layers), len(micro_batches) * ranks.count == 1
     layer_tokens = [None if in_one_piece else counts[1]] * num_layers
     whole = _Whole(*counts, layer_tokens=layer_tokens, recorded=[None] * len(micro_batches))
     if in_one_piece or not num_layers or not _needs_load(model, balance):
@@ -196,7 +211,8 @@ def _look_at_whole(
             # Which tokens a layer computes cannot be replayed; it is decided again, in the same way.
             replayable = not model.config.depth_layers
             recorded.append([_choices_only(routing) for routing in routings] if replayable else None)
-    return replace(whole, layer_tokens=tokens, recorded=recorded, load=torch.stack(loads).sum(0))
+    tokens, load_ME = ranks.sum(torch.tensor(tokens)).tolist(), ranks.sum(torch.stack(loads).sum(0))
+    return replace(whole, layer_tokens=tokens, recorded=recorded, load=load_ME)
 
 
 def _needs_load(model: Transformer, balance: BalanceConfig) -> bool:

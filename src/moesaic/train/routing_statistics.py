@@ -18,6 +18,7 @@ from moesaic.model.routers import Router
 from moesaic.model.transformer import Transformer
 from moesaic.moe_config import UNLEARNED_ROUTERS
 from moesaic.ops import Routing
+from moesaic.parallel.ranks import Ranks
 
 _LEAST_SCORE = torch.finfo(torch.float32).tiny
 """Stands for smaller scores under the logarithm: 0 x log(this) is 0."""
@@ -65,6 +66,19 @@ class RoutingStatistics:
             entropy=entropy_T.sum(dtype=torch.float64),
             squares=mean_square_T.sum(dtype=torch.float64),
         )
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """From here on the sums are those of all ranks, each of which added something, be it without tokens."""
+        if ranks.count == 1 or not self._counts:
+            return
+        self._counts = {name: ranks.sum(value) for name, value in self._counts.items()}
+        if ranks.any(bool(self._logits)):  # a rank whose tokens are all padding has none
+            nothing = torch.zeros((), dtype=torch.float64, device=self._counts["load"].device)
+            self._logits = {
+                "largest": ranks.largest(self._logits.get("largest", nothing)),
+                "entropy": ranks.sum(self._logits.get("entropy", nothing)),
+                "squares": ranks.sum(self._logits.get("squares", nothing)),
+            }
 
     @property
     def load(self) -> Tensor:

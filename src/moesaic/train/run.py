@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from rich.console import Console
 
 from moesaic.accounting import weight_bytes
 from moesaic.checkpoint.families import family_for_export
@@ -23,13 +24,17 @@ from moesaic.model.transformer import Transformer
 from moesaic.moe_config import PUBLISHED_ROUTERS, TOPK_ROUTERS
 from moesaic.ops import DTYPES, ExpertShape, pick
 from moesaic.ops.device import cpu_set_up_for_training, memory_bytes, resolve_device
+from moesaic.parallel.ranks import Ranks, make_ranks, process_group
+from moesaic.parallel.shard import spread
 from moesaic.tokenizer import Tokenizer
 from moesaic.train.data import PreparedData, Progress, prepare_data
 from moesaic.train.screen import Screen
 from moesaic.train.trainer import Trainer
 
 # What may change when a run is resumed: nothing that decides an update.
-CHANGEABLE_ON_RESUME = {"checkpoint", "evaluate_every", "evaluation_tokens", "tensorboard", "max_nonfinite_steps"}
+CHANGEABLE_ON_RESUME = {
+    "checkpoint", "evaluate_every", "evaluation_tokens", "tensorboard", "max_nonfinite_steps", "parallel",
+}  # fmt: skip
 
 # Those that need no loss and no bias: an even assignment, or an L1 loss of their own.
 BALANCED_ROUTERS = ("hash", "expert_choice", "soft", "sinkhorn", "base", "relu")
@@ -57,28 +62,54 @@ def run_training(
     _require_possible(config, device)
     if resume:
         newest_run_state(run_directory)  # before the lock, which would make a directory of a misspelt name
-    with _only_process(run_directory):
-        state = _state_to_resume(config, run_directory) if resume else _require_unused(run_directory)
-        with progress or nullcontext() as report:
-            data = prepare_data(
-                config.data,
-                data_directory or run_directory / "data",
-                tokens_needed=config.steps * config.tokens_per_step + 1,
-                sequence_length=config.sequence_length,
-                progress=report,
-            )
-        _require_vocabulary(config, data)
+    with process_group(device.type):
+        ranks = make_ranks(config.parallel, device.type)
+        ranks.share(config.batch_size)  # refused before anything is written
+        if not ranks.is_first:
+            screen, progress = Screen(Console(quiet=True), live=False), None
+        with _only_process(run_directory) if ranks.is_first else nullcontext():
+            return _train(config, run_directory, screen, ranks, device, resume, progress, data_directory)
+
+
+def _train(
+    config: TrainConfig,
+    run_directory: Path,
+    screen: Screen,
+    ranks: Ranks,
+    device: torch.device,
+    resume: bool,
+    progress: AbstractContextManager[Progress | None] | None,
+    data_directory: Path | None,
+) -> Trainer:
+    if not ranks.is_first:
+        ranks.barrier()  # until the first one has found the directory usable, and has prepared the data
+    state = _state_to_resume(config, run_directory) if resume else None
+    if ranks.is_first and not resume:
+        _require_unused(run_directory)
+    with progress or nullcontext() as report:
+        data = prepare_data(
+            config.data,
+            data_directory or run_directory / "data",
+            tokens_needed=config.steps * config.tokens_per_step + 1,
+            sequence_length=config.sequence_length,
+            progress=report,
+        )
+    _require_vocabulary(config, data)
+    if ranks.is_first:
         write_run_config(run_directory, config)
         _save_tokenizer(data.tokenizer, run_directory)
-        trainer = Trainer(config, _build_model(config, device), data, run_directory)
-        with _stop_on_signal(trainer), cpu_set_up_for_training() if device.type == "cpu" else nullcontext():
-            screen.start(_title(run_directory, config), config.steps, state.step if state else 0)
-            try:
-                for note in (*(state.warnings if state else ()), *_advice(config)):
-                    screen.note(note)
-                trainer.run(screen, state)
-            finally:
-                screen.stop()
+        ranks.barrier()
+    model = _build_model(config, device)
+    spread(model, ranks, config.parallel)
+    trainer = Trainer(config, model, data, run_directory, ranks)
+    with _stop_on_signal(trainer), cpu_set_up_for_training() if device.type == "cpu" else nullcontext():
+        screen.start(_title(run_directory, config), config.steps, state.step if state else 0)
+        try:
+            for note in (*(state.warnings if state else ()), *_advice(config)):
+                screen.note(note)
+            trainer.run(screen, state)
+        finally:
+            screen.stop()
     return trainer
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesaic.accounting import training_flops_per_token
 from moesaic.checkpoint.run_state import RunState, save_run_state
@@ -21,6 +21,9 @@ from moesaic.model.noise import combine
 from moesaic.model.transformer import Transformer
 from moesaic.ops import DTYPES
 from moesaic.ops.device import measured_matmul_peak
+from moesaic.parallel.gradients import clip_gradients, gradient_norm, sum_gradients
+from moesaic.parallel.ranks import Ranks
+from moesaic.parallel.shard import keep_parts, whole_tensors
 from moesaic.train.data import PreparedData, TrainBatches, validation_batches
 from moesaic.train.evaluate import Evaluation, evaluate
 from moesaic.train.metrics import MetricsLog
@@ -52,8 +55,17 @@ class Update:
 class Trainer:
     """One run: the model, its optimizers and where it stands. Everything that decides the next step is in the state."""
 
-    def __init__(self, config: TrainConfig, model: Transformer, data: PreparedData, run_directory: Path) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Transformer,
+        data: PreparedData,
+        run_directory: Path,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Of several `ranks` each has its part of the model and a share of every batch; the first one writes."""
         self.config = config
+        self.ranks = ranks or Ranks()
         self.model = model
         self.data = data
         self.run_directory = run_directory
@@ -75,7 +87,7 @@ class Trainer:
         """
         if resume_from is not None:
             self._restore(resume_from, screen)
-        log = MetricsLog(self.run_directory, resume_step=self.step, tensorboard=self.config.tensorboard)
+        log = self._open_log()
         peak_flops = measured_matmul_peak(self.device.type, DTYPES[self.config.dtype])
         flops = training_flops_per_token(self.config.model, self.config.sequence_length)
         saved_step = self.step if resume_from is not None else None
@@ -88,29 +100,35 @@ class Trainer:
                 seconds = time.perf_counter() - start
                 self.training_seconds += seconds
                 row = self._training_row(update, seconds, flops, peak_flops)
-                log.write(row)
+                if log:
+                    log.write(row)
                 screen.step(row)
                 self._count_skipped(update, screen)
                 if self._due(self.config.evaluate_every):
                     row = self._evaluation_row(self.evaluate(), flops)
-                    log.write(row)
+                    if log:
+                        log.write(row)
                     screen.evaluation(row)
                 if self._due(self.config.checkpoint.save_every) and self.nonfinite_steps == 0:
                     saved_step = self._save(screen)
+                self.stop_requested = self.ranks.any(self.stop_requested)  # or some would wait for those that stopped
             if saved_step != self.step:
                 self._save(screen)
         finally:
-            log.close()
+            if log:
+                log.close()
 
     def train_step(self) -> Update:
         """One optimizer step on batch number `self.step`; advances the step even when the update is skipped."""
         factor = rate_factor(self.step, self.config.steps, self.config.schedule)
         prepare_step(self.optimizers, self.step, factor)
         batch = self._batch().to(self.device)
-        micro_batches = batch.split(self.config.micro_batch_size or self.config.batch_size)
+        micro_batches = batch.split(self.config.micro_batch_size or len(batch.tokens))
         self.model.train()  # noise and capacities belong to training
         balance = self.config.balance
-        result = accumulate_gradients(self.model, micro_batches, balance, dtype=DTYPES[self.config.dtype])
+        dtype = DTYPES[self.config.dtype]
+        result = accumulate_gradients(self.model, micro_batches, balance, dtype=dtype, ranks=self.ranks)
+        sum_gradients(self.model, self.ranks)
         grad_norm = self._clip_gradients()
         skipped = not (math.isfinite(result.loss) and math.isfinite(grad_norm))
         if not skipped:
@@ -132,20 +150,30 @@ class Trainer:
             config.evaluation_tokens,
         )
         dtype = DTYPES[config.dtype]
-        return evaluate(self.model, batches, self.token_bytes, num_domains=num_domains, dtype=dtype)
+        return evaluate(
+            self.model, batches, self.token_bytes, num_domains=num_domains, dtype=dtype, ranks=self.ranks
+        )  # fmt: skip
 
     def _clip_gradients(self) -> float:
         """Returns their norm before it."""
-        norm = nn.utils.get_total_norm([each.grad for each in self.model.parameters() if each.grad is not None])
+        norm = gradient_norm(self.model, self.ranks)
         if self.config.optimizer.gradient_clip:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.optimizer.gradient_clip, norm)
+            clip_gradients(self.model, self.config.optimizer.gradient_clip, norm)
         return float(norm)
 
     def _batch(self) -> Batch:
-        """Batch number `self.step`; its noise follows from the seed, the step and the sequence alone."""
+        """This rank's sequences of batch number `self.step`; their noise follows from the seed, the step and their
+        number alone."""
         tokens_BL, targets_BL = self.batches.batch(self.step)
         step_key = combine(torch.tensor(self.config.seed), self.step)
-        return Batch(tokens_BL, targets_BL, noise_keys=combine(step_key, torch.arange(len(tokens_BL))))
+        keys_B = combine(step_key, torch.arange(len(tokens_BL)))
+        mine = self.ranks.share(len(tokens_BL))
+        return Batch(tokens_BL[mine], targets_BL[mine], noise_keys=keys_B[mine])
+
+    def _open_log(self) -> MetricsLog | None:
+        if not self.ranks.is_first:
+            return None
+        return MetricsLog(self.run_directory, resume_step=self.step, tensorboard=self.config.tensorboard)
 
     def _count_skipped(self, update: Update, screen: Screen) -> None:
         if not update.skipped:
@@ -180,7 +208,7 @@ class Trainer:
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "grad_norm": _finite(update.grad_norm),
             "tokens_per_second": round(tokens_per_second, 1),
-            "mfu": round(tokens_per_second * flops / peak_flops, 4),
+            "mfu": round(tokens_per_second * flops / (peak_flops * self.ranks.count), 4),
             **update.batch.statistics.row(),
             "skipped": update.skipped,
         }
@@ -197,10 +225,14 @@ class Trainer:
         }
 
     def _save(self, screen: Screen) -> int:
-        """Write the state of this step; older ones stay whole if the disk is full."""
-        moments = optimizer_tensors(self.optimizers, self.model)
+        """Write the state of this step, of all ranks as of one; older ones stay whole if the disk is full."""
+        weights = whole_tensors(self.model, self.model.state_dict(), self.ranks)
+        moments = whole_tensors(self.model, optimizer_tensors(self.optimizers, self.model), self.ranks)
+        if not self.ranks.is_first:
+            self.ranks.barrier()
+            return self.step
         tensors = {
-            **{f"model.{name}": value for name, value in self.model.state_dict().items()},
+            **{f"model.{name}": value for name, value in weights.items()},
             **{f"optimizer.{name}": value for name, value in moments.items()},
             **{f"random.{name}": value for name, value in self._random_states().items()},
         }
@@ -211,12 +243,14 @@ class Trainer:
             "threads": torch.get_num_threads(),
         }
         save_run_state(self.run_directory, self.step, tensors, extra, keep=self.config.checkpoint.keep)
+        self.ranks.barrier()
         screen.note(f"step {self.step}: state saved")
         return self.step
 
     def _restore(self, state: RunState, screen: Screen) -> None:
-        self.model.load_state_dict(state.load_tensors("model"))
-        load_optimizer_tensors(self.optimizers, self.model, state.load_tensors("optimizer"))
+        self.model.load_state_dict(keep_parts(self.model, state.load_tensors("model"), self.ranks))
+        moments = keep_parts(self.model, state.load_tensors("optimizer"), self.ranks)
+        load_optimizer_tensors(self.optimizers, self.model, moments)
         random = state.load_tensors("random")
         torch.set_rng_state(random["cpu"])
         if self.device.type == "cuda" and "cuda" in random:

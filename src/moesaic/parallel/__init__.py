@@ -1,0 +1,1 @@
+"""Spreading a finished model over the ranks of torch.distributed, from outside."""
