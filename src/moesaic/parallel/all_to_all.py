@@ -152,8 +152,8 @@ class _Dispatch(torch.autograd.Function):
         weights_N1 = weights.index_select(0, plan.order).unsqueeze(1)
         labels = torch.cat((plan.ids.unsqueeze(1).view(torch.uint8), weights_N1.view(torch.uint8)), dim=1)
         labels = exchange.rows(labels, plan.assignments, received_assignments)
-        ids_M = labels[:, :ID_BYTES].contiguous().view(torch.int32).squeeze(1).long()
-        weights_M = labels[:, ID_BYTES:].contiguous().view(weights.dtype).squeeze(1)
+        ids_M = labels[:, :ID_BYTES].clone(memory_format=torch.contiguous_format).view(torch.int32).squeeze(1).long()
+        weights_M = labels[:, ID_BYTES:].clone(memory_format=torch.contiguous_format).view(weights.dtype).squeeze(1)
         x_SD = x.index_select(0, plan.token_ids)
         x_RD = exchange.rows(x_SD, plan.rows, received_rows, exchange.forward_transport)
         ctx.plan, ctx.received_rows, ctx.received_assignments = plan, received_rows, received_assignments

@@ -38,8 +38,8 @@ def _encode_8bit(rows: Tensor, name: str) -> Tensor:
 
 def _decode_8bit(message: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     code_dtype, _ = EIGHT_BITS[name]
-    codes_RD = message[:, :-SCALE_BYTES].contiguous().view(code_dtype)
-    scale_R1 = message[:, -SCALE_BYTES:].contiguous().view(torch.float32)
+    codes_RD = message[:, :-SCALE_BYTES].clone(memory_format=torch.contiguous_format).view(code_dtype)
+    scale_R1 = message[:, -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
     return (codes_RD.float() * scale_R1).to(dtype)
 
 
