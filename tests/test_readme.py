@@ -28,6 +28,7 @@ def run(command: list[str], folder: Path) -> str:
 def test_commands_work_when_pasted(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "README.md").symlink_to(ROOT / "README.md")
+    (tmp_path / "src").symlink_to(ROOT / "src")
     moesaic = [sys.executable, "-m", "moesaic"]
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
     commands = [shlex.split(line, comments=True) for line in lines]

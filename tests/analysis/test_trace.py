@@ -70,7 +70,9 @@ def test_a_trace_holds_what_the_routers_decided(
         for layer in range(2):
             rows, routing = trace.layer(layer), alone[layer].routings[0]
             expected = torch.zeros(len(places), 6)
-            expected.index_put_((routing.token_ids, routing.expert_ids), routing.weights.detach().float(), accumulate=True)
+            expected.index_put_(
+                (routing.token_ids, routing.expert_ids), routing.weights.detach().float(), accumulate=True
+            )
             found = torch.zeros(len(places), 7)
             found.scatter_add_(
                 1,
