@@ -1,14 +1,15 @@
 """The engine on its thread: streams, cancellation, draining, and what a failure does."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import closing
 
 import pytest
 
 from moesaic.config import EngineConfig
 from moesaic.engine.engine import Engine
 from moesaic.engine.request import Delta, OverloadedError, Request
-from moesaic.engine.service import DeltaStream, EngineService
+from moesaic.engine.service import Deltas, EngineService
 from moesaic.errors import UsageError
 
 from .helpers import TOKENIZER, alone, greedy, ids_of, make_model, random_ids
@@ -27,7 +28,14 @@ def with_service(act: Callable[[EngineService], Awaitable[None]], config: Engine
 
 
 async def collected(service: EngineService, request: Request) -> list[Delta]:
-    return [delta async for delta in service.generate(request)]
+    return [delta async for delta in generated(service, request)]
+
+
+async def generated(service: EngineService, request: Request) -> AsyncGenerator[Delta, None]:
+    with closing(service.submit_all([request])) as deltas:
+        while not deltas.finished:
+            for _, delta in await deltas.take():
+                yield delta
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -49,7 +57,7 @@ def test_many_streams_at_once_are_those_of_each_alone() -> None:
 
 def test_whoever_stops_reading_frees_the_memory() -> None:
     async def act(service: EngineService) -> None:
-        stream = service.generate(greedy(random_ids(40), max_tokens=400))
+        stream = generated(service, greedy(random_ids(40), max_tokens=400))
         await anext(stream)
         assert service.statistics().kv_blocks_used > 0
         await stream.aclose()
@@ -65,7 +73,7 @@ def test_whoever_stops_reading_frees_the_memory() -> None:
 
 def test_a_slow_reader_gets_all_of_it_and_holds_nobody_up() -> None:
     async def act(service: EngineService) -> None:
-        slow = service.generate(greedy(random_ids(5), max_tokens=60))
+        slow = generated(service, greedy(random_ids(5), max_tokens=60))
         first = await anext(slow)
         await collected(service, greedy(random_ids(5), max_tokens=100))
         rest = [delta async for delta in slow]
@@ -124,11 +132,15 @@ def test_requests_come_together_or_not_at_all() -> None:
         with pytest.raises(UsageError, match="prompt is empty"):
             service.submit_all([greedy([1]), greedy([])])
         requests = [greedy(random_ids(5), max_tokens=number) for number in (3, 4, 300)]
-        streams = service.submit_all(requests)
-        for stream, request in zip(streams[:2], requests[:2], strict=True):
-            assert ids_of([delta async for delta in stream]) == alone(service.engine.model, request)
-        for stream in (*streams, streams[0]):
-            stream.close()
+        deltas = service.submit_all(requests)
+        told: list[list[Delta]] = [[], [], []]
+        while not all(each and each[-1].finish_reason for each in told[:2]):
+            for number, delta in await deltas.take():
+                told[number].append(delta)
+        for each, request in zip(told[:2], requests[:2], strict=True):
+            assert ids_of(each) == alone(service.engine.model, request)
+        for _ in range(2):
+            deltas.close()
         await until(lambda: service.statistics().kv_blocks_used == 0)
         assert service.statistics().finished == {"length": 2, "cancelled": 1}
 
@@ -137,16 +149,21 @@ def test_requests_come_together_or_not_at_all() -> None:
 
 def test_closing_ends_open_streams_as_cancelled_and_leaves_ended_ones() -> None:
     async def act(service: EngineService) -> None:
-        short, *long = service.submit_all([greedy(random_ids(9), max_tokens=2)] + [greedy(random_ids(9), 400)] * 2)
+        short = service.submit_all([greedy(random_ids(9), max_tokens=2)])
         await until(lambda: service.statistics().finished == {"length": 1})
-        reading = [asyncio.create_task(last_of(stream)) for stream in long]
+        long = service.submit_all([greedy(random_ids(9), 400)] * 2)
+        reading = asyncio.create_task(last_of(long, 2))
         await service.close()
-        assert [(await task).finish_reason for task in reading] == ["cancelled"] * 2
-        assert (await last_of(short)).finish_reason == "length"
+        assert await reading == ["cancelled"] * 2
+        assert await last_of(short, 1) == ["length"]
         await service.close()
         assert not service.healthy
 
-    async def last_of(stream: DeltaStream) -> Delta:
-        return [delta async for delta in stream][-1]
+    async def last_of(deltas: Deltas, count: int) -> list[str | None]:
+        reasons: list[str | None] = [None] * count
+        while not deltas.finished:
+            for number, delta in await deltas.take():
+                reasons[number] = delta.finish_reason
+        return reasons
 
     with_service(act)

@@ -2,16 +2,15 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moesaic.config import EngineConfig
 from moesaic.engine.request import Delta, Request
-from moesaic.engine.service import DeltaStream
+from moesaic.engine.service import Deltas, Observe
 from moesaic.errors import MoesaicError
 from moesaic.server import app as app_module
 from moesaic.server.app import create_app
@@ -111,20 +110,20 @@ def test_a_text_that_fails_in_the_middle_fails_alone(stream: bool) -> None:
     with serving() as server:
         submit_all = server.service.submit_all
 
-        class Failing:
-            def __init__(self, stream: DeltaStream) -> None:
-                self.close = stream.close
-                self._stream = stream
+        def failing(requests: Sequence[Request], observe: Observe = lambda number, delta: None) -> Deltas:
+            deltas = submit_all(requests, observe)
+            if requests[0].sampling.seed == 666:
+                push = deltas.push
+                first_tokens = iter([True])
 
-            async def __aiter__(self) -> AsyncGenerator[Delta, None]:
-                async for delta in self._stream:
-                    yield replace(delta, finish_reason=None)
-                    yield Delta(finish_reason="error", error=MoesaicError("expert 3 is broken"))
-                    return
+                def push_two(number: int, delta: Delta) -> None:
+                    if next(first_tokens, False):
+                        push(number, replace(delta, finish_reason=None))
+                    else:
+                        push(number, Delta(finish_reason="error", error=MoesaicError("expert 3 is broken")))
 
-        def failing(requests: Sequence[Request]) -> list[Any]:
-            streams = submit_all(requests)
-            return [Failing(stream) for stream in streams] if requests[0].sampling.seed == 666 else list(streams)
+                deltas.push = push_two
+            return deltas
 
         server.service.submit_all = failing
         response = server.complete(max_tokens=20, seed=666, stream=stream)

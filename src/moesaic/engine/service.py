@@ -1,15 +1,16 @@
 """The engine on a thread of its own, for programs on an event loop."""
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from threading import Event, Thread
 
 from moesaic.engine.engine import Engine
 from moesaic.engine.request import Delta, EngineStatistics, OverloadedError, Request
 from moesaic.errors import MoesaicError
+
+Observe = Callable[[int, Delta], None]
 
 _LOG = logging.getLogger(__name__)
 _RETRY_AFTER = 5.0
@@ -23,7 +24,7 @@ class EngineService:
         self.engine = engine
         self.tokenizer, self.model_config = engine.tokenizer, engine.model.config
         self.ready = False
-        self._streams: dict[int, DeltaStream] = {}
+        self._readers: dict[int, tuple[Deltas, int]] = {}
         self._work, self._stopping = Event(), False
         self._thread = Thread(target=self._step_on, name="moesaic-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -38,18 +39,9 @@ class EngineService:
         self._thread.start()
         self.ready = True
 
-    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """What comes of a request; whoever stops reading cancels it.
-
-        Raises UsageError and OverloadedError, before the first delta, as `Engine.submit` does.
-        """
-        (stream,) = self.submit_all([request])
-        with contextlib.closing(stream):
-            async for delta in stream:
-                yield delta
-
-    def submit_all(self, requests: Sequence[Request]) -> "list[DeltaStream]":
-        """What comes of each, for somebody on the event loop, who closes them all; none is taken where one is refused.
+    def submit_all(self, requests: Sequence[Request], observe: Observe = lambda number, delta: None) -> "Deltas":
+        """What comes of them, for somebody on the event loop, who closes it; none is taken where one is refused.
+        `observe` is told of every delta, and of which request it is, as it leaves the engine.
 
         Raises UsageError and OverloadedError as `Engine.submit_all` does.
         """
@@ -58,18 +50,19 @@ class EngineService:
         if not self.ready:
             raise OverloadedError("the server is shutting down and takes no more requests", _RETRY_AFTER)
         handles = self.engine.submit_all(requests)
-        streams = [DeltaStream(partial(self._forget, handle)) for handle in handles]
-        self._streams.update(zip(handles, streams, strict=True))
+        deltas = Deltas(len(handles), observe, partial(self._forget, handles))
+        self._readers.update((handle, (deltas, number)) for number, handle in enumerate(handles))
         if self._failure is not None:  # since the question above
             self._fail(self._failure)
         self._work.set()
-        return streams
+        return deltas
 
-    def _forget(self, handle: int, ended: bool) -> None:
-        del self._streams[handle]
-        if not ended:
-            self.engine.cancel(handle)
-            self._work.set()
+    def _forget(self, handles: Sequence[int], unfinished: Collection[int]) -> None:
+        for number, handle in enumerate(handles):
+            del self._readers[handle]
+            if number in unfinished:
+                self.engine.cancel(handle)
+        self._work.set()
 
     def statistics(self) -> EngineStatistics:
         return self.engine.statistics()
@@ -78,7 +71,7 @@ class EngineService:
         """Takes no more requests, and waits until those that were admitted have ended, or for so many seconds."""
         self.ready = False
         deadline = asyncio.get_running_loop().time() + timeout
-        while self._streams and self.healthy and asyncio.get_running_loop().time() < deadline:
+        while self._readers and self.healthy and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
@@ -109,46 +102,63 @@ class EngineService:
 
     def _deliver(self, deltas: list[tuple[int, Delta]]) -> None:
         for handle, delta in deltas:
-            stream = self._streams.get(handle)
-            if stream is not None:
-                stream.push(delta)
+            if handle in self._readers:
+                reader, number = self._readers[handle]
+                reader.push(number, delta)
 
     def _fail(self, failure: Delta) -> None:
-        self._deliver([(handle, failure) for handle in self._streams])
+        self._deliver([(handle, failure) for handle in self._readers])
 
 
-class DeltaStream:
-    """What comes of one request, until its last delta. Those that nobody has read yet come as one."""
+class Deltas:
+    """What comes of requests that were submitted together. Of each, what nobody has taken yet is taken as one."""
 
-    def __init__(self, forget: Callable[[bool], None]) -> None:
-        self._forget = forget
-        """Called once, with whether the request has ended."""
-        self._unread: Delta | None = None
+    def __init__(self, count: int, observe: Observe, forget: Callable[[Collection[int]], None]) -> None:
+        """`forget` is called once, with the numbers of those that have not ended."""
+        self._observe, self._forget = observe, forget
+        self._unfinished = set(range(count))
+        self._untaken: dict[int, Delta] = {}
         self._arrived = asyncio.Event()
-        self._ended = self._read_all = self._closed = False
+        self._failure: Exception | None = None
+        self._closed = False
 
-    def push(self, delta: Delta) -> None:
-        if self._ended:  # nothing comes after a last delta, whatever happens to the engine
+    @property
+    def finished(self) -> bool:
+        """Whether all have ended, and all that came has been taken."""
+        return not self._unfinished and not self._untaken
+
+    def push(self, number: int, delta: Delta) -> None:
+        if number not in self._unfinished:  # nothing comes after a last delta, whatever happens to the engine
             return
-        self._ended = delta.finish_reason is not None
-        self._unread = delta if self._unread is None else self._unread + delta
+        if delta.finish_reason is not None:
+            self._unfinished.remove(number)
+        untaken = self._untaken.get(number)
+        self._untaken[number] = delta if untaken is None else untaken + delta
+        self._arrived.set()
+        try:
+            self._observe(number, delta)
+        except Exception as error:  # which is of this reader alone
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Whoever takes next gets this error."""
+        self._failure = self._failure or error
         self._arrived.set()
 
-    def close(self) -> None:
-        """Cancels the request, where it has not ended."""
-        if not self._closed:
-            self._closed = True
-            self._forget(self._ended)
+    async def take(self) -> list[tuple[int, Delta]]:
+        """What is new, at most one delta for each request, by their numbers; waits until there is something.
 
-    def __aiter__(self) -> "DeltaStream":
-        return self
-
-    async def __anext__(self) -> Delta:
-        if self._read_all:
-            raise StopAsyncIteration
+        Raises what `fail` was told.
+        """
         await self._arrived.wait()
         self._arrived.clear()
-        delta, self._unread = self._unread, None
-        assert delta is not None
-        self._read_all = delta.finish_reason is not None
-        return delta
+        if self._failure is not None:
+            raise self._failure
+        untaken, self._untaken = self._untaken, {}
+        return sorted(untaken.items())
+
+    def close(self) -> None:
+        """Cancels what has not ended."""
+        if not self._closed:
+            self._closed = True
+            self._forget(self._unfinished)

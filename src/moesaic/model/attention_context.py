@@ -81,7 +81,9 @@ def make_attention_context(
 def _rotary_of_each(config: ModelConfig, batch: PagedBatch) -> tuple[Tensor, Tensor]:
     """Tables that do not depend on which texts are computed together, nor on how one is cut."""
     if config.rope_scaling is None or config.rope_scaling.rope_type not in BY_LENGTH:
-        return rotary_tables(batch.positions, config)
+        end = max(sequence.past + sequence.new for sequence in batch.sequences)
+        cos_11Sr, sin_11Sr = batch.store.rotary_tables(end)
+        return cos_11Sr[:, :, batch.positions[0]], sin_11Sr[:, :, batch.positions[0]]
     tables = []
     for sequence in batch.sequences:
         end = sequence.past + sequence.new

@@ -16,12 +16,16 @@ from moesaic.config import ModelConfig
 from moesaic.errors import MoesaicError, UsageError
 from moesaic.model.attention_mask import attention_masks, first_visible
 from moesaic.model.kv_cache import cached_sizes
+from moesaic.model.rope import rotary_tables
 from moesaic.model_config import LayerType
 from moesaic.ops.instruction_set import native_module
 from moesaic.ops.native_step import BLOCK_TOKENS
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """query (1, H, L, k), key (1, G, S, k), value (1, G, S, v), mask (1, 1, L, S) -> (1, H, L, v)."""
+
+_LEAST_POSITIONS = 1024
+"""Whose rotary tables are made at once."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,17 @@ class PagedKV:
         self.config = config
         self.keys = torch.zeros((*shape, key_size, BLOCK_TOKENS), dtype=dtype, device=device)
         self.values = torch.zeros((*shape, BLOCK_TOKENS, value_size), dtype=dtype, device=device)
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    def rotary_tables(self, end: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, each (1, 1, S, r), of the positions 0 to S, which is at least `end`; for methods that do not
+        depend on a text's length. They are kept: to make those of one step wakes torch's threads, which then compete
+        with the native ones."""
+        if self._rotary is None or end > self._rotary[0].shape[2]:
+            size = max(end, min(max(2 * end, _LEAST_POSITIONS), self.num_blocks * BLOCK_TOKENS))
+            positions_1S = torch.arange(size, device=self.keys.device).unsqueeze(0)
+            self._rotary = rotary_tables(positions_1S, self.config)
+        return self._rotary
 
     @property
     def num_blocks(self) -> int:

@@ -1,6 +1,6 @@
 """Rotary position embedding (arXiv 2104.09864): pairs of dimensions turn by an angle that grows with the position.
 
-B batch, L positions, H heads, d head dim, r rotary dim.
+B batch, L positions, H heads, d head dim, r rotary dim, p pairs.
 """
 
 import torch
@@ -17,13 +17,11 @@ def rotary_tables(positions: Tensor, config: ModelConfig, text_length: int | Non
     """
     last = positions if text_length is None else torch.tensor([[text_length - 1]], device=positions.device)
     frequencies, multiplier = rotary_frequencies(config, last)
-    angle_BLp = positions[..., None].float() * frequencies
+    angle_B1Lp = (positions[..., None].float() * frequencies).unsqueeze(1)
+    cos_B1Lp, sin_B1Lp = angle_B1Lp.cos() * multiplier, angle_B1Lp.sin() * multiplier
     if config.rope_interleaved:
-        angle_BLr = angle_BLp.repeat_interleave(2, dim=-1)
-    else:
-        angle_BLr = torch.cat((angle_BLp, angle_BLp), dim=-1)
-    angle_B1Lr = angle_BLr.unsqueeze(1)
-    return angle_B1Lr.cos() * multiplier, angle_B1Lr.sin() * multiplier
+        return cos_B1Lp.repeat_interleave(2, dim=-1), sin_B1Lp.repeat_interleave(2, dim=-1)
+    return torch.cat((cos_B1Lp, cos_B1Lp), dim=-1), torch.cat((sin_B1Lp, sin_B1Lp), dim=-1)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool = False) -> Tensor:

@@ -11,7 +11,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from moesaic.engine.request import Delta, FinishReason, PromptReport, Request, Token
-from moesaic.engine.service import DeltaStream
 from moesaic.errors import MoesaicError
 from moesaic.server.context import Context
 from moesaic.server.errors import ApiError, api_error
@@ -44,46 +43,37 @@ class Texts:
 
     def __init__(self, context: Context, requests: Sequence[Request]) -> None:
         self._context, self._requests = context, requests
-        self._start = time.perf_counter()
-        self._pending: dict[int, Delta] = {}
-        self._wake = asyncio.Event()
-        self._failure: Exception | None = None
-        self._unfinished = len(requests)
-        self._streams: list[DeltaStream] = []
-        self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "Texts":
+        start = time.perf_counter()
+        watches = [self._context.metrics.watch(start) for _ in self._requests]
         try:
-            self._streams = self._context.service.submit_all(self._requests)
+            self._deltas = self._context.service.submit_all(
+                self._requests, lambda number, delta: watches[number].saw(delta)
+            )
         except MoesaicError as error:
             raise api_error(error) from None
         self._timer = asyncio.get_running_loop().call_later(self._context.request_seconds, self._expire)
-        self._tasks = [asyncio.create_task(self._follow(i, stream)) for i, stream in enumerate(self._streams)]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._timer.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for stream in self._streams:
-            stream.close()
+        self._deltas.close()
 
     @property
     def finished(self) -> bool:
-        return not self._unfinished and not self._pending
+        return self._deltas.finished
 
     async def take(self) -> list[tuple[int, Delta]]:
         """What is new, at most one delta for each text; waits until there is something.
 
         Raises ApiError when a text failed or all take too long.
         """
-        await self._wake.wait()
-        self._wake.clear()
-        if self._failure is not None:
-            raise self._failure
-        pending, self._pending = self._pending, {}
-        return sorted(pending.items())
+        news = await self._deltas.take()
+        for _, delta in news:
+            if delta.finish_reason in ("error", "cancelled"):
+                raise _failure(delta)
+        return news
 
     async def answers(self) -> list[Answer]:
         """All texts, when they are finished."""
@@ -101,28 +91,9 @@ class Texts:
             answer.text = "".join(parts)
         return answers
 
-    async def _follow(self, index: int, stream: DeltaStream) -> None:
-        """A task for each text, which the engine never waits for."""
-        watch = self._context.metrics.watch(self._start)
-        try:
-            async for delta in stream:
-                watch.saw(delta)
-                if delta.finish_reason in ("error", "cancelled"):
-                    raise _failure(delta)
-                unread = self._pending.get(index)
-                self._pending[index] = delta if unread is None else unread + delta
-                self._unfinished -= delta.finish_reason is not None
-                self._wake.set()
-        except Exception as error:  # told to whoever takes the texts
-            self._fail(error)
-
     def _expire(self) -> None:
         seconds = self._context.request_seconds
-        self._fail(ApiError(504, f"the answer took longer than {seconds:g} s; ask for fewer tokens"))
-
-    def _fail(self, error: Exception) -> None:
-        self._failure = self._failure or error
-        self._wake.set()
+        self._deltas.fail(ApiError(504, f"the answer took longer than {seconds:g} s; ask for fewer tokens"))
 
 
 def _failure(delta: Delta) -> ApiError:
