@@ -9,6 +9,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,33 +35,44 @@ from moesaic.train.screen import Screen
 from moesaic.train.token_file import TokenFile
 
 SHARES = (0.75, 0.5)
-SCORED_TOKENS = 65_536
-MEASURED_TOKENS = 131_072
 BATCH, LENGTH = 16, 128
 PEERS = ("frequency", "random", "merge")
 Write = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What one seed costs."""
+
+    minutes: float
+    """Of training, as in moesaic demo."""
+    draws: int
+    scored_tokens: int = 65_536
+    measured_tokens: int = 131_072
+
+
+QUICK = Effort(minutes=0.5, draws=2, scored_tokens=16_384, measured_tokens=32_768)
 Losses = dict[str, list[float]]
 """By way of cutting, the loss of the model that is left, for each seed; `all` is the whole model."""
 
 
 def measure(arguments: argparse.Namespace) -> list[Row]:
     seeds = [0] if arguments.quick else list(range(arguments.seeds))
-    minutes = 0.6 if arguments.quick else arguments.minutes
-    draws = 2 if arguments.quick else arguments.draws
+    effort = QUICK if arguments.quick else Effort(arguments.minutes, arguments.draws)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     found: Losses = {}
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
-            for name, loss in _cut(Path(scratch), seed, minutes, draws).items():
+            for name, loss in _cut(Path(scratch), seed, effort).items():
                 found.setdefault(name, []).append(loss)
             note(f"seed {seed}: " + ", ".join(f"{name} {losses[-1]:.4f}" for name, losses in found.items()))
     return [_whole(found), *(row for share in SHARES for row in _rows(found, share))]
 
 
-def _cut(folder: Path, seed: int, minutes: float, draws: int) -> dict[str, float]:
+def _cut(folder: Path, seed: int, effort: Effort) -> dict[str, float]:
     """Trains one model; the losses of it and of what is left of it."""
-    config = demo_config("sparse", minutes=minutes, seed=seed)
+    config = demo_config("sparse", minutes=effort.minutes, seed=seed)
     run = folder / f"run-{seed}"
     screen = Screen(Console(quiet=True), live=False)
     if run_training(config, run, screen, data_directory=folder / "data").stop_requested:
@@ -68,16 +80,16 @@ def _cut(folder: Path, seed: int, minutes: float, draws: int) -> dict[str, float
     tokens_needed = config.steps * config.tokens_per_step + 1
     data = prepare_data(config.data, folder / "data", tokens_needed=tokens_needed, sequence_length=LENGTH)
     text = TokenFile(data.train.tokens, 0, ((0, 0),))
-    batches = [tokens for tokens, _, _ in validation_batches(text, LENGTH, BATCH, SCORED_TOKENS)]
+    batches = [tokens for tokens, _, _ in validation_batches(text, LENGTH, BATCH, effort.scored_tokens)]
     scores = score_experts(load(run), batches, sampled_tokens=SAMPLED_TOKENS)
-    losses = {"all": _loss(run, data)}
+    losses = {"all": _loss(run, data, effort)}
     for share in SHARES:
-        for way, writes in _ways(run, scores, share, draws):
+        for way, writes in _ways(run, scores, share, effort.draws):
             made = []
             for number, write in enumerate(writes):
                 out = folder / f"{seed} {share} {way} {number}"
                 write(out)
-                made.append(_loss(out, data))
+                made.append(_loss(out, data, effort))
             losses[f"{share:.0%} {way}"] = statistics.mean(made)
     return losses
 
@@ -110,8 +122,8 @@ def _ways(run: Path, scores: list[LayerScores], share: float, draws: int) -> Ite
     yield "merge", [lambda out: merge(run, out, clusters)]
 
 
-def _loss(directory: Path, data: PreparedData) -> float:
-    batches = validation_batches(data.validation, LENGTH, BATCH, MEASURED_TOKENS)
+def _loss(directory: Path, data: PreparedData, effort: Effort) -> float:
+    batches = validation_batches(data.validation, LENGTH, BATCH, effort.measured_tokens)
     return evaluate(load(directory), batches, torch.tensor(data.tokenizer.token_bytes())).loss
 
 

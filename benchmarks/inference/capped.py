@@ -85,7 +85,7 @@ class WithinMemory(Ours):
     def __init__(self, directory: Path, threads: int, budget: int) -> None:
         torch.set_num_threads(threads)
         self.model = moesaic.load(directory, device="cpu", memory=str(budget))
-        self._caches = {}
+        self._texts = {}
         residency = residency_of(self.model)
         assert residency is not None
         self._residency = residency

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moesaic.checks import require, require_not_negative, require_positive, require_seed
-from moesaic.model_config import MLAConfig, ModelConfig, RopeScaling
-from moesaic.moe_config import SCORE_ROUTERS, UNLEARNED_ROUTERS, MoEConfig
+from moesaic.model_config import LoRAConfig, MLAConfig, ModelConfig, RopeScaling
+from moesaic.moe_config import SCORE_ROUTERS, UNLEARNED_ROUTERS, BalanceConfig, MoEConfig
 
 __all__ = [
     "BalanceConfig",
     "CheckpointConfig",
     "DataConfig",
     "EngineConfig",
+    "LoRAConfig",
     "MLAConfig",
     "MoEConfig",
     "ModelConfig",
@@ -30,6 +31,7 @@ __all__ = [
 
 DTypeName = Literal["float32", "bfloat16"]
 TransportName = Literal["exact", "bfloat16", "fp8", "int8"]
+OverlapName = Literal["none", "shared", "halves"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,57 +113,6 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BalanceConfig:
-    """What keeps the load of the experts even. Coefficients of 0 switch a term off."""
-
-    aux_loss_coef: float = 0.0
-    """Weight of the Switch load-balance loss, mean over layers; its balanced value is 1."""
-    aux_loss_scope: Literal["micro_batch", "sequence", "global_batch"] = "global_batch"
-    """Over what the load must be even: a micro-batch, each sequence, or all tokens of an optimizer step. The last needs
-    all loads before the first gradient: with several micro-batches each is first passed forward once more without one,
-    about a third more compute, and its choices of experts are kept."""
-    aux_loss_devices: int = 0
-    """Experts are pooled into so many equal groups of neighbours, among which the loss wants the load to be even; 0 or
-    1: every expert counts alone."""
-    z_loss_coef: float = 0.0
-    """Weight of the mean squared log-partition of the router logits."""
-    bias_update_rate: float = 0.0
-    """Step of the selection bias, once per optimizer step; follows the learning-rate schedule."""
-    bias_update_rule: Literal["sign", "proportional", "quantile"] = "sign"
-    """An expert below the mean load gains the rate; or the rate times what it misses, as a share of the mean; or all
-    go that part of the way (1 is all of it) to the bias that would have balanced the batch."""
-    relu_l1_growth: float = 1.2
-    """`relu` routers only: by what the weight of their L1 loss is multiplied or divided in each optimizer step."""
-    depth_loss_coef: float = 0.01
-    """Weight of the loss that teaches mixture-of-depths routers to decide without seeing later tokens."""
-
-    def __post_init__(self) -> None:
-        require_not_negative(
-            self, "aux_loss_coef", "aux_loss_devices", "z_loss_coef", "bias_update_rate", "depth_loss_coef"
-        )
-        require(
-            1.0 < self.relu_l1_growth <= 10.0,
-            f"relu_l1_growth is {self.relu_l1_growth}; it must lie above 1 and at most 10",
-        )
-        require(
-            self.aux_loss_devices <= 1 or self.aux_loss_coef > 0,
-            f"aux_loss_devices is {self.aux_loss_devices}, but aux_loss_coef is 0, so there is no loss; set both",
-        )
-        require(
-            self.aux_loss_scope == BalanceConfig.aux_loss_scope or self.aux_loss_coef > 0,
-            f"aux_loss_scope is {self.aux_loss_scope}, but aux_loss_coef is 0, so there is no loss; set both",
-        )
-        require(
-            self.bias_update_rule == BalanceConfig.bias_update_rule or self.bias_update_rate > 0,
-            f"bias_update_rule is {self.bias_update_rule}, but bias_update_rate is 0, so no bias moves; set both",
-        )
-        require(
-            self.bias_update_rate <= 1,
-            f"bias_update_rate is {self.bias_update_rate}; scores lie between 0 and 1, so set at most 1",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When run states are written and how many stay."""
 
@@ -169,6 +120,8 @@ class CheckpointConfig:
     """Steps between saved states; the last step is always saved."""
     keep: int = 2
     """Verified states that stay on disk."""
+    background: bool = False
+    """Write states while training goes on, from a copy in memory."""
 
     def __post_init__(self) -> None:
         require_positive(self, "save_every", "keep")
@@ -188,10 +141,18 @@ class ParallelConfig:
     """How tokens travel to their experts and back: as they are, or in fewer bytes."""
     gradient_transport: TransportName = "exact"
     """The same for their gradients."""
+    overlap: OverlapName = "none"
+    """What is computed while tokens travel: nothing, the shared experts, or these and the other half of the tokens."""
+    ranks_per_host: int = 0
+    """More than 0: a token travels once to each host of so many neighbouring ep ranks, and is handed on inside; 0: once
+    to each rank."""
+    timeout_seconds: int = 300
+    """How long a rank waits for another in an exchange: longer than the slowest step and evaluation. One whose process
+    stands still is given up after a minute, or sooner if this is less."""
 
     def __post_init__(self) -> None:
-        require_not_negative(self, "dp")
-        require_positive(self, "fsdp", "ep")
+        require_not_negative(self, "dp", "ranks_per_host")
+        require_positive(self, "fsdp", "ep", "timeout_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +166,12 @@ class TrainConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoRAConfig | None = None
+    """Train small matrices beside those of `init_from`, which stay as they are."""
+    init_from: str = ""
+    """MODEL whose weights the run starts from; it gives [model] and data.tokenizer too. Empty: from random weights."""
+    freeze_router: bool = False
+    """Leave the routers as they are, their selection bias too."""
     steps: int = 1000
     batch_size: int = 32
     """Sequences per optimizer step."""
@@ -255,6 +222,7 @@ class TrainConfig:
         if moe is not None:
             self._check_balance(moe)
         self._check_parallel()
+        self._check_fine_tuning()
 
     def _check_parallel(self) -> None:
         moe, ep = self.model.moe, self.parallel.ep
@@ -267,6 +235,41 @@ class TrainConfig:
             self.parallel.fsdp == 1 or self.optimizer.name != "muon",
             f"parallel.fsdp is {self.parallel.fsdp}, but optimizer.name muon needs whole matrices; use adamw, or set "
             "parallel.fsdp = 1",
+        )
+
+    def _check_fine_tuning(self) -> None:
+        require(
+            not self.freeze_router or self.model.moe is not None,
+            "freeze_router is true, but a dense model has no router; leave it out",
+        )
+        require(
+            not self.freeze_router or self.balance.bias_update_rate == 0,
+            f"freeze_router is true and balance.bias_update_rate {self.balance.bias_update_rate}, which would move "
+            "the selection bias of the routers; set the rate to 0",
+        )
+        require(
+            not self.init_from or not self.data.tokenizer.startswith("bpe:"),
+            f"data.tokenizer is {self.data.tokenizer}, a new one, and {self.init_from} knows the tokens of its own "
+            "only; leave data.tokenizer out",
+        )
+        if self.lora is not None:
+            self._check_lora(self.lora)
+
+    def _check_lora(self, lora: LoRAConfig) -> None:
+        require(bool(self.init_from), "[lora] adapts a model; name it with init_from = MODEL, or remove the section")
+        require(
+            not self.freeze_router or "router" not in lora.targets,
+            "freeze_router is true, but lora.targets has router; leave one of them out",
+        )
+        require(
+            self.optimizer.name != "muon",
+            "optimizer.name muon orthogonalises whole matrices, and [lora] trains two factors of each; use adamw",
+        )
+        ep, fsdp = self.parallel.ep, self.parallel.fsdp
+        require(
+            ep == fsdp == 1,
+            f"parallel.ep is {ep} and parallel.fsdp {fsdp}, but [lora] needs the whole model on every rank; set both "
+            "to 1 (parallel.dp is free)",
         )
 
     def _check_balance(self, moe: MoEConfig) -> None:

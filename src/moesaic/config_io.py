@@ -9,7 +9,7 @@ import json
 import os
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -20,6 +20,9 @@ from moesaic.presets import PRESETS
 from moesaic.tokenizer import tokenizer_vocab_size
 
 Config = TypeVar("Config")
+
+StartValues = Callable[[str], Mapping[str, Any]]
+"""MODEL -> `model`, its config as a mapping, and `tokenizer`, a path."""
 
 
 class FlagText(str):
@@ -54,15 +57,21 @@ def to_mapping(config: object) -> dict[str, Any]:
     return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
-def read_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def read_train_config(
+    path: Path, overrides: Sequence[str] = (), start_values: StartValues | None = None
+) -> TrainConfig:
     """The training run that a TOML file, or the config.json of a run directory, describes.
 
     `overrides` are flags such as ["--optimizer.lr", "1e-3", "--model.moe.num-experts=8", "--tensorboard"]. [model]
-    may name a `preset`, over which its other keys lie; `model.vocab_size` defaults to that of the tokenizer.
+    may name a `preset`, over which its other keys lie; `model.vocab_size` defaults to that of the tokenizer. With
+    `init_from`, `start_values` gives from that MODEL what a TOML file does not say: `model` and `tokenizer`.
     """
     mapping = _read_mapping(path)
     for key_path, value in _parse_flags(overrides):
         _set(mapping, key_path, value)
+    init_from = mapping.get("init_from")
+    if init_from and isinstance(init_from, str) and start_values and path.suffix != ".json":
+        _start_from(mapping, start_values(str(init_from)))
     model = mapping.get("model")
     if isinstance(model, dict):
         model = _with_preset(model)
@@ -71,6 +80,13 @@ def read_train_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
             model["vocab_size"] = tokenizer_vocab_size(data.tokenizer)
         mapping["model"] = model
     return from_mapping(TrainConfig, mapping)
+
+
+def _start_from(mapping: dict[str, Any], values: Mapping[str, Any]) -> None:
+    model, data = mapping.get("model", {}), mapping.get("data", {})
+    if isinstance(model, dict) and isinstance(data, dict):
+        mapping["model"] = _overlaid(values["model"], _with_preset(model))
+        mapping["data"] = {"tokenizer": values["tokenizer"], **data}
 
 
 def write_train_config(config: TrainConfig, path: Path) -> None:

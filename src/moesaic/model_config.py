@@ -292,3 +292,20 @@ class ModelConfig:
 
     def layer_type(self, layer_index: int) -> LayerType:
         return self.layer_types[layer_index] if self.layer_types else "full_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters (arXiv 2106.09685): W becomes W + alpha / rank x B A, and A and B alone are trained."""
+
+    rank: int = 8
+    """Rows of A and columns of B. Each expert has an A and a B of its own."""
+    alpha: float = 16.0
+    """B A is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("experts",)
+    """What is adapted: experts, shared_experts, mlp (dense feed-forwards), attention, lm_head, router."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank", "alpha")
+        require(bool(self.targets), "targets is empty, so nothing would be trained; set it to ['experts']")
+        require(len(set(self.targets)) == len(self.targets), f"targets {list(self.targets)} names one of them twice")

@@ -230,3 +230,54 @@ class MoEConfig:
     def shared_intermediate_size(self) -> int:
         """Inner width of the shared experts' MLP; 0 when there are none."""
         return self.shared_expert_intermediate_size or self.n_shared_experts * self.moe_intermediate_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """What keeps the load of the experts even. Coefficients of 0 switch a term off."""
+
+    aux_loss_coef: float = 0.0
+    """Weight of the Switch load-balance loss, mean over layers; its balanced value is 1."""
+    aux_loss_scope: Literal["micro_batch", "sequence", "global_batch"] = "global_batch"
+    """Over what the load must be even: a micro-batch, each sequence, or all tokens of an optimizer step. The last needs
+    all loads before the first gradient: with several micro-batches each is first passed forward once more without one,
+    about a third more compute, and its choices of experts are kept."""
+    aux_loss_devices: int = 0
+    """Experts are pooled into so many equal groups of neighbours, among which the loss wants the load to be even; 0 or
+    1: every expert counts alone."""
+    z_loss_coef: float = 0.0
+    """Weight of the mean squared log-partition of the router logits."""
+    bias_update_rate: float = 0.0
+    """Step of the selection bias, once per optimizer step; follows the learning-rate schedule."""
+    bias_update_rule: Literal["sign", "proportional", "quantile"] = "sign"
+    """An expert below the mean load gains the rate; or the rate times what it misses, as a share of the mean; or all
+    go that part of the way (1 is all of it) to the bias that would have balanced the batch."""
+    relu_l1_growth: float = 1.2
+    """`relu` routers only: by what the weight of their L1 loss is multiplied or divided in each optimizer step."""
+    depth_loss_coef: float = 0.01
+    """Weight of the loss that teaches mixture-of-depths routers to decide without seeing later tokens."""
+
+    def __post_init__(self) -> None:
+        require_not_negative(
+            self, "aux_loss_coef", "aux_loss_devices", "z_loss_coef", "bias_update_rate", "depth_loss_coef"
+        )
+        require(
+            1.0 < self.relu_l1_growth <= 10.0,
+            f"relu_l1_growth is {self.relu_l1_growth}; it must lie above 1 and at most 10",
+        )
+        require(
+            self.aux_loss_devices <= 1 or self.aux_loss_coef > 0,
+            f"aux_loss_devices is {self.aux_loss_devices}, but aux_loss_coef is 0, so there is no loss; set both",
+        )
+        require(
+            self.aux_loss_scope == BalanceConfig.aux_loss_scope or self.aux_loss_coef > 0,
+            f"aux_loss_scope is {self.aux_loss_scope}, but aux_loss_coef is 0, so there is no loss; set both",
+        )
+        require(
+            self.bias_update_rule == BalanceConfig.bias_update_rule or self.bias_update_rate > 0,
+            f"bias_update_rule is {self.bias_update_rule}, but bias_update_rate is 0, so no bias moves; set both",
+        )
+        require(
+            self.bias_update_rate <= 1,
+            f"bias_update_rate is {self.bias_update_rate}; scores lie between 0 and 1, so set at most 1",
+        )

@@ -19,7 +19,7 @@ from moesaic.analysis.usage import relative_entropy, usage
 from moesaic.errors import UsageError
 from moesaic.model.transformer import Transformer
 
-from .test_trace import CONFIG, make_model
+from .test_record import CONFIG, make_model
 from .traces import random_ids, write_trace
 
 

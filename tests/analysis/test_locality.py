@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moesaic.analysis import locality
-from moesaic.analysis.locality import hit_curve
+from moesaic.analysis.locality import CacheCurve, hit_curve
 
 from .traces import random_ids
 
@@ -46,3 +46,10 @@ def test_tokens_without_some_experts_count_for_those_they_have() -> None:
 
 def test_one_expert_for_all_hits_from_the_second_token_on() -> None:
     assert hit_curve(np.full((10, 1), 2), 4).tolist() == [0, 9, 9, 9, 9]
+
+
+def test_tokens_that_come_in_parts_give_the_same_curve() -> None:
+    ids, caches = random_ids(300, 9, 3, 0.5), CacheCurve(9)
+    for part in np.array_split(ids, np.sort(np.random.randint(0, 300, 12))):
+        caches.add(part)
+    assert caches.hits.tolist() == hit_curve(ids, 9).tolist()

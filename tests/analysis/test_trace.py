@@ -10,35 +10,16 @@ import torch
 
 import moesaic
 from moesaic.analysis import trace_writer
+from moesaic.analysis.locality import hit_curve
 from moesaic.analysis.text_rows import record_text, text_rows
 from moesaic.analysis.trace import read_trace
 from moesaic.analysis.trace_writer import TraceWriter, by_token
-from moesaic.config import ModelConfig, MoEConfig
 from moesaic.errors import MoesaicError, UsageError
-from moesaic.model.transformer import Transformer
 from moesaic.ops import Routing
-from moesaic.residency.placement import read_uses
+from moesaic.residency.placement import read_record, read_uses
 
+from .test_record import make_model
 from .traces import random_ids, routing_of, rows_of, write_trace
-
-CONFIG = ModelConfig(
-    vocab_size=50,
-    hidden_size=16,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=8,
-    intermediate_size=24,
-    initializer_range=0.5,
-    moe=MoEConfig(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1),
-)
-
-
-def make_model(**moe: object) -> Transformer:
-    assert CONFIG.moe is not None
-    model = Transformer(replace(CONFIG, moe=replace(CONFIG.moe, **moe)))  # type: ignore[arg-type]
-    model.init_weights(int(torch.randint(0, 2**31, ())))
-    return model
 
 
 def some_text(*lengths: int, sequence_length: int = 8):
@@ -189,4 +170,14 @@ def test_the_head_counts_what_each_expert_got_and_placement_reads_it(tmp_path: P
     expected = np.stack([np.bincount(trace.layer(layer).flat[1], minlength=6) for layer in range(2)])
     assert expected.sum() == 2 * 2 * len(trace)
     assert trace.head["tokens_per_expert"] == expected.tolist()
+    curves = [hit_curve(trace.layer(layer).expert_ids, 6).tolist() for layer in range(2)]
+    assert trace.head["cache_hits"] == curves
+    record = read_record(tmp_path / "t", 2, 6)
+    rows = 2 * 2 * len(trace)
+    for slots in range(13):
+        sizes = (slots - slots // 2, slots // 2)
+        lru = sum(curve[size] for curve, size in zip(curves, sizes, strict=True)) / rows
+        assert record.lru_hits(slots) == pytest.approx(lru)
+        assert record.placed_hits(slots) == pytest.approx(np.sort(expected, axis=None)[::-1][:slots].sum() / rows)
+    assert "the 12 experts used most take 100% of the trace, where the 12 used last would hit" in record.forecast(12)
     assert np.array_equal(read_uses(tmp_path / "t", 2, 6), expected / expected.sum(1, keepdims=True))

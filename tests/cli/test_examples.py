@@ -24,7 +24,14 @@ def test_an_example_trains(example: Path, tmp_path: Path) -> None:
         "--data.source",
         str(tmp_path / "text.txt"),
     ]
-    command = [sys.executable, "-m", "moesaic", "train", str(example), "--out", str(tmp_path / "run"), *flags]
+    train = [sys.executable, "-m", "moesaic", "train"]
+    if "init_from" in example.read_text():
+        base = subprocess.run(
+            [*train, str(EXAMPLES[0]), "--out", str(tmp_path / "base"), *flags], capture_output=True, text=True
+        )
+        assert base.returncode == 0, base.stderr
+        flags += ["--init_from", str(tmp_path / "base")]
+    command = [*train, str(example), "--out", str(tmp_path / "run"), *flags]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "step 2/2" in result.stdout

@@ -45,12 +45,10 @@ def words_of(command: str) -> list[str]:
 
 
 def assert_trains(words: list[str], config: Path) -> None:
-    started = words.index("--no-python") + 1  # what torchrun runs on each rank, at each restart
-    assert words[started : started + 2] == ["bash", "-c"]
-    words = words_of(words[started + 2])
-    assert words[words.index("train") + 1] == str(config)
+    module = words.index("-m")  # what torchrun runs on each rank, at each restart
+    assert words[module : module + 4] == ["-m", "moesaic", "train", str(config)]
     assert words[words.index("--parallel.ep") + 1] == "4"
-    assert "$(test" in words, "a job that is started again goes on"
+    assert "--resume-if-there" in words, "a job that is started again goes on"
 
 
 def test_slurm(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

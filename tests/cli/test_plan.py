@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +99,10 @@ def test_a_page_is_written(tmp_path: Path) -> None:
         (("mixtral-8x7b", "--batch", "0"), ("--batch is 0",)),
         (("mixtral-8x7b", "--context", "-5"), ("--context is -5",)),
         (("mixtral-8x7b", "--max-vio", "nan"), ("--max-vio",)),
+        (("mixtral-8x7b", "--max-vio", "missing"), ("--max-vio missing", "inspect")),
+        (("llama-2-7b", "--max-vio", "."), ("no experts",)),
+        (("mixtral-8x7b", "--max-vio", ".", "--against", "llama-2-7b"), ("--against",)),
+        (("mixtral-8x7b", "--train-tokens", "1e99T"), ("--train-tokens",)),
         (("mixtral-8x7b", "--hit-rate", "2"), ("--hit-rate is 2",)),
         (("mixtral-8x7b", "--against", "mixtral-8x22"), ("did you mean mixtral-8x22b",)),
         (("mixtral-8x7b", "--against", "llama-2-7b", "--parallel", "tp=8"), ("--against",)),
@@ -116,3 +122,40 @@ def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     result = plan("olmoe-1b-7b", "--html", tmp_path / "missing" / "plan.html")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
+
+
+def test_imbalance_may_come_from_a_trace(tmp_path: Path) -> None:
+    counts_LE = np.random.default_rng(random.randrange(2**31)).integers(1, 100, size=(32, 8))
+    (tmp_path / "trace.json").write_text(json.dumps({"tokens_per_expert": counts_LE.tolist()}))
+    result = plan("mixtral-8x7b", "--max-vio", tmp_path, "--parallel", "ep=8", "--json")
+    assert result.returncode == 0, result.stderr
+    layers = [max(layer) * len(layer) / sum(layer) - 1 for layer in counts_LE.tolist()]
+    assert json.loads(result.stdout)["task"]["max_vio"] == pytest.approx(sum(layers) / 32)
+    wrong = plan("qwen3-30b-a3b", "--max-vio", tmp_path)
+    assert wrong.returncode == 2
+    assert "32 x 8 layers and experts" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("latency_us = -3", "latency_us"), ("disk_gb = inf", "disk_gb"), ("count = 'x'", "count"), ("nodes = 3", "nodes")],
+)
+def test_a_cluster_file_with_a_mistake_is_one_line(tmp_path: Path, text: str, word: str) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text(f"cluster = '8xH100'\n{text}\n")
+    result = plan("mixtral-8x7b", "--cluster", path)
+    assert result.returncode == 2
+    assert word in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_ranks_under_torchrun_measure_together_and_one_speaks() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moesaic",
+               "plan", "--calibrate", "--json"]  # fmt: skip
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["ranks"] == 2
+    assert found["link"] > 1e6
+    assert 0 < found["latency"] < 10

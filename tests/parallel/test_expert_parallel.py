@@ -69,13 +69,13 @@ def learn(model: Transformer, seed: int, rows: slice, checkpointing: bool = Fals
 
 
 def learn_on_ranks(
-    config: ModelConfig, seed: int, cuts: list[int], checkpointing: bool = False, ep: int = 0, **transports: str
+    config: ModelConfig, seed: int, cuts: list[int], checkpointing: bool = False, ep: int = 0, **settings: Any
 ) -> tuple[dict[str, Tensor], int]:
     """As rank r of all, which takes the sequences cuts[r] to cuts[r + 1]; and the bytes that it sent."""
     ranks = make_ranks(ParallelConfig(ep=ep or len(cuts) - 1))
     assert ranks.mesh is not None
     model = build(config, seed)
-    apply_expert_parallel(model, ranks.mesh, **transports)
+    apply_expert_parallel(model, ranks.mesh, **settings)
     seen = learn(model, seed, slice(cuts[ranks.index], cuts[ranks.index + 1]), checkpointing)
     sent = 0
     for layer in model.moe_layers:

@@ -14,11 +14,12 @@ from torch import Tensor
 from moesaic.config import BalanceConfig, ModelConfig, ParallelConfig
 from moesaic.parallel.gradients import clip_gradients, gradient_norm, sum_gradients
 from moesaic.parallel.ranks import Ranks, make_ranks
-from moesaic.parallel.shard import spread, whole_tensors
+from moesaic.parallel.shard import spread
 from moesaic.train.objective import Batch, accumulate_gradients, update_after_step
 
 from .processes import on_ranks
 from .test_expert_parallel import B, L, V, build, with_moe
+from .whole import whole_tensors
 
 GLOBAL = BalanceConfig(aux_loss_coef=0.1, z_loss_coef=0.01)
 BIAS = replace(GLOBAL, aux_loss_scope="sequence", bias_update_rate=0.05)

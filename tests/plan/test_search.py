@@ -59,7 +59,7 @@ def test_a_given_layout_is_the_only_option_and_is_checked() -> None:
     with pytest.raises(UsageError, match="ep is 16"):
         training_options(subject, cluster, TASK, Layout(dp=8, ep=16))
     with pytest.raises(UsageError, match="raise --batch-tokens"):
-        training_options(subject, parse_cluster("100000xH100"), TASK)
+        training_options(subject, parse_cluster("1000000xH100"), TASK)
 
 
 def test_decoding_is_searched_too() -> None:

@@ -21,6 +21,7 @@ from moesaic.plan.work import (
     experts_visited,
     forward_work,
     kv_numbers,
+    last_feed_forward,
     parameters,
     training_work,
     weights_read,
@@ -123,3 +124,16 @@ def test_parts_are_the_whole() -> None:
 def test_an_unknown_type_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match="int4"):
         bytes_per_weight("int3")
+
+
+def test_the_last_feed_forward_is_what_a_layer_adds_beside_attention() -> None:
+    config = draw_config()
+    subject = Subject(name="made up", config=config)
+    assert config.moe is not None
+    last = last_feed_forward(subject)
+    shared = 6 * config.hidden_size * config.moe.shared_intermediate_size
+    experts = config.moe.num_experts_per_tok * 6 * config.hidden_size * config.moe.moe_intermediate_size
+    assert (last.dense, last.experts) == (shared, experts)
+    dense = replace(config, moe=None, intermediate_size=random.randint(8, 64))
+    expected = 6 * dense.hidden_size * dense.intermediate_size
+    assert last_feed_forward(Subject(name="dense", config=dense)).dense == expected

@@ -13,7 +13,7 @@ import torch
 import moesaic
 from moesaic.errors import UsageError
 from moesaic.model.transformer import Transformer
-from moesaic.residency.placement import read_uses
+from moesaic.residency.placement import read_record, read_uses
 from moesaic.residency.residency import place_experts, residency_of
 from moesaic.residency.slots import SlotTable
 
@@ -91,6 +91,20 @@ def test_who_leaves_is_who_the_record_used_least() -> None:
 def test_records_that_do_not_fit(tmp_path: Path, counts: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         read_uses(record(tmp_path / "uses.json", counts), LAYERS, EXPERTS)
+
+
+@pytest.mark.parametrize("hits", [[[0] * EXPERTS] * LAYERS, [[float("inf")] * (EXPERTS + 1)] * LAYERS, "many", 3])
+def test_curves_that_do_not_fit(tmp_path: Path, hits: Any) -> None:
+    (tmp_path / "trace.json").write_text(json.dumps({"tokens_per_expert": random_counts(), "cache_hits": hits}))
+    with pytest.raises(UsageError, match="record the trace anew"):
+        read_record(tmp_path, LAYERS, EXPERTS)
+
+
+def test_a_record_without_curves_foretells_the_most_used_alone(tmp_path: Path) -> None:
+    counts = random_counts()
+    found = read_record(record(tmp_path / "uses.json", counts), LAYERS, EXPERTS)
+    assert found.lru_hits(5) is None
+    assert found.forecast(24) == "the 24 experts used most take 100% of the trace"
 
 
 def test_what_is_no_record(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ T tokens, E experts.
 """
 
 import numpy as np
+import torch
 
 from moesaic.analysis.trace import LayerRows
 
@@ -15,9 +16,10 @@ def coactivation(one: LayerRows, other: LayerRows | None = None) -> np.ndarray:
     other = one if other is None else other
     counts = np.zeros((one.num_experts, other.num_experts))
     for first in range(0, len(one), _TOKENS_AT_ONCE):
-        chosen_TE = one.chosen(first, first + _TOKENS_AT_ONCE)
-        of_other_TE = chosen_TE if other is one else other.chosen(first, first + _TOKENS_AT_ONCE)
-        counts += chosen_TE.T @ of_other_TE  # whole numbers below 2**24: exact
+        chosen_TE = torch.from_numpy(one.chosen(first, first + _TOKENS_AT_ONCE))
+        of_other_TE = chosen_TE if other is one else torch.from_numpy(other.chosen(first, first + _TOKENS_AT_ONCE))
+        # By torch: numpy's threads are its own, and wait for each other where other work has the cores.
+        counts += (chosen_TE.T @ of_other_TE).numpy()  # whole numbers below 2**24: exact
     return counts.astype(np.int64)
 
 

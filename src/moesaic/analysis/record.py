@@ -3,7 +3,7 @@
 T tokens of all recorded passes, E experts, K experts per token, N assignments.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,6 +75,31 @@ class RoutingTrace:
 
 
 @contextmanager
+def watch_routing(model: Transformer, tell: Callable[[Tensor, list[Routing]], None]) -> Iterator[None]:
+    """Within it each forward pass calls `tell(tokens (B, L), routings)` when it is done, with a `Routing` per layer of
+    experts, detached. Passes that other threads run on the same model meanwhile are told, too."""
+    num_layers = len(model.moe_layers)
+
+    def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        asked_for = kwargs.get("routings")
+        return args, {**kwargs, "routings": [] if asked_for is None else asked_for}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+        newest = kwargs["routings"][len(kwargs["routings"]) - num_layers :]
+        tell(args[0] if args else kwargs["tokens"], [routing.detach() for routing in newest])
+
+    handles = [
+        model.register_forward_pre_hook(ask, with_kwargs=True),
+        model.register_forward_hook(keep, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def record_routing(model: Transformer) -> Iterator[RoutingTrace]:
     """`with record_routing(model) as trace: model(tokens)` collects expert ids, weights and logits of every layer.
 
@@ -82,24 +107,12 @@ def record_routing(model: Transformer) -> Iterator[RoutingTrace]:
     """
     trace = RoutingTrace(len(model.moe_layers))
 
-    def ask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        asked_for = kwargs.get("routings")
-        return args, {**kwargs, "routings": [] if asked_for is None else asked_for}
+    def keep(tokens: Tensor, routings: list[Routing]) -> None:
+        for layer, routing in zip(trace, routings, strict=True):
+            layer.routings.append(routing)
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        newest = kwargs["routings"][len(kwargs["routings"]) - len(trace) :]
-        for layer, routing in zip(trace, newest, strict=True):
-            layer.routings.append(routing.detach())
-
-    handles = [
-        model.register_forward_pre_hook(ask, with_kwargs=True),
-        model.register_forward_hook(keep, with_kwargs=True),
-    ]
-    try:
+    with watch_routing(model, keep):
         yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

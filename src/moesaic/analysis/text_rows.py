@@ -4,12 +4,14 @@ B sequences, L tokens of each, T tokens of all.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from moesaic.analysis.record import watch_routing
 from moesaic.analysis.trace_writer import TokenRows, TraceWriter
 from moesaic.errors import UsageError
 from moesaic.model.transformer import Transformer
@@ -76,7 +78,7 @@ def record_text(
     device = model.embed_tokens.weight.device
     residency = residency_of(model)
     for low, high, length in _batches(text, batch_size):
-        rows = TokenRows(**{field.name: getattr(text, field.name)[low:high] for field in fields(TokenRows)})
+        rows = text[low:high]
         tokens_BL = torch.from_numpy(rows.token_ids.reshape(-1, length).astype(np.int64)).to(device)
         routings: list[Routing] = []
         room = None if residency is None else residency.room(pass_tokens=tokens_BL.numel(), logits=len(tokens_BL))
@@ -84,6 +86,46 @@ def record_text(
             model(tokens_BL, routings=routings, logits_to_keep=1)
         writer.add(rows, routings)
         progress(high)
+
+
+@contextmanager
+def record_passes(
+    model: Transformer, writer: TraceWriter, token_bytes: Sequence[int], source: Callable[[], int | None]
+) -> Iterator[None]:
+    """Within it the writer gets the routing of each forward pass of whole sequences (B, L), as evaluation and training
+    make them: each is a document of its own, and `text_offsets` go on from one to the next of a source.
+
+    `source` says when a pass is done which source its tokens are of; None leaves them out.
+    """
+    sizes_V = np.array(token_bytes)
+    offsets: dict[int, int] = {}
+    num_sequences = 0
+
+    def write(tokens_BL: Tensor, routings: list[Routing]) -> None:
+        nonlocal num_sequences
+        of = source()
+        if of is None:
+            return
+        count, length = tokens_BL.shape
+        ids_T = tokens_BL.flatten().cpu().numpy()
+        sizes_T = sizes_V[ids_T]
+        sequences_T = num_sequences + np.arange(count).repeat(length)
+        ends_T = offsets.get(of, 0) + np.cumsum(sizes_T)
+        writer.add(
+            TokenRows(
+                token_ids=ids_T,
+                source_ids=np.full(len(ids_T), of),
+                document_ids=sequences_T,
+                sequence_ids=sequences_T,
+                positions=np.tile(np.arange(length), count),
+                text_offsets=ends_T - sizes_T,
+            ),
+            routings,
+        )
+        num_sequences, offsets[of] = num_sequences + count, int(ends_T[-1])
+
+    with watch_routing(model, write):
+        yield
 
 
 def _batches(text: TokenRows, batch_size: int) -> Iterator[tuple[int, int, int]]:

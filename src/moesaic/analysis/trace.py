@@ -70,7 +70,9 @@ def read_trace(directory: str | Path) -> "Trace":
             raise UsageError(f"{directory / HEAD} is of format {head['format']!r} {head['version']}; record it anew")
         digests = {str(shard["file"]): shard["sha256"] for shard in head["shards"]}
         counted = sum(int(shard["num_tokens"]) for shard in head["shards"])
-        complete = all(isinstance(head[key], list) for key in ("num_experts", "sources")) and counted > 0
+        complete = all(isinstance(head[key], list) for key in ("num_experts", "sources"))
+        if complete and not counted:
+            raise UsageError(f"{directory} is a trace of no tokens; record one of some text")
         if not complete or counted != head["num_tokens"] or any("/" in name for name in digests):
             raise KeyError("num_tokens")
     except (KeyError, TypeError, ValueError) as error:

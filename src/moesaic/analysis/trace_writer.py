@@ -1,6 +1,7 @@
 """Routing on its way to disk: what `trace.py` reads, written while a model runs.
 
-A trace is a directory. `trace.json` says what it is of, and how often each expert was used; each
+A trace is a directory. `trace.json` says what it is of, how often each expert was used (`tokens_per_expert`), and how
+often an LRU cache of 0 ... E experts of each layer would have had what a token needs (`cache_hits`); each
 `trace-NNNNN.safetensors` holds the next tokens, in order:
 
     token_ids, source_ids, document_ids, sequence_ids, positions    (T,) int32
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moesaic.analysis.locality import CacheCurve
 from moesaic.errors import UsageError
 from moesaic.ops import Routing
 from moesaic.weights_io import atomic_directory, write_json, write_safetensors
@@ -53,6 +55,10 @@ class TokenRows:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def __getitem__(self, which: slice | np.ndarray) -> "TokenRows":
+        """Some of the rows."""
+        return TokenRows(**{field.name: getattr(self, field.name)[which] for field in fields(TokenRows)})
 
 
 TOKEN_COLUMNS = {
@@ -87,11 +93,11 @@ class TraceWriter(AbstractContextManager["TraceWriter"]):
         token_bytes: Callable[[int], bytes] | None = None,
         with_logits: bool = False,
     ) -> None:
-        if directory.exists() and not (directory / HEAD).is_file():
-            raise UsageError(f"{directory} exists and is not a trace; name another folder")
+        require_place(directory)
         self._directory = directory
         self._num_experts, self._sources, self._about = list(num_experts), list(sources), dict(about or {})
         self._load = [np.zeros(number, np.int64) for number in num_experts]
+        self._caches = [CacheCurve(number) for number in num_experts]
         self._token_bytes, self._with_logits = token_bytes, with_logits
         self._pending: list[dict[str, Tensor]] = []
         self._pending_bytes = 0
@@ -116,24 +122,33 @@ class TraceWriter(AbstractContextManager["TraceWriter"]):
 
     def add(self, rows: TokenRows, routings: Sequence[Routing]) -> None:
         """The tokens of a forward pass, in its order, and what each layer decided. Padding is left out."""
-        if len(routings) != len(self._num_experts):
-            raise ValueError(f"{len(routings)} layers of routing for a trace of {len(self._num_experts)}")
-        mask = routings[0].mask
-        kept = slice(None) if mask is None else mask.cpu().numpy().astype(bool)
-        columns = {
-            name: torch.from_numpy(np.ascontiguousarray(getattr(rows, name)[kept])).to(dtype)
-            for name, dtype in TOKEN_COLUMNS.items()
-        }
         for layer, routing in enumerate(routings):
             if routing.num_tokens != len(rows):
                 raise ValueError(f"layer {layer} routed {routing.num_tokens} tokens, and {len(rows)} are told")
-            expert_ids, weights = by_token(routing)
-            columns[f"layer.{layer}.expert_ids"] = chosen_TK = expert_ids[kept]
-            chosen_N = chosen_TK[chosen_TK >= 0].numpy()
+        mask = None if not routings else routings[0].mask
+        kept = slice(None) if mask is None else mask.cpu().numpy().astype(bool)
+        chosen = [(ids_TK[kept], weights_TK[kept]) for ids_TK, weights_TK in map(by_token, routings)]
+        logits = [routing.logits.detach().float().cpu()[kept] for routing in routings] if self._with_logits else None
+        self.add_chosen(rows[kept], chosen, logits)
+
+    def add_chosen(
+        self, rows: TokenRows, chosen: Sequence[tuple[Tensor, Tensor]], logits: Sequence[Tensor] | None = None
+    ) -> None:
+        """The same as `by_token` tells it: for each layer expert ids and weights (T, K), and logits (T, E)."""
+        if len(chosen) != len(self._num_experts):
+            raise ValueError(f"{len(chosen)} layers of routing for a trace of {len(self._num_experts)}")
+        columns = {
+            name: torch.from_numpy(np.ascontiguousarray(getattr(rows, name))).to(dtype)
+            for name, dtype in TOKEN_COLUMNS.items()
+        }
+        for layer, (ids_TK, weights_TK) in enumerate(chosen):
+            columns[f"layer.{layer}.expert_ids"] = ids_TK
+            self._caches[layer].add(ids_TK.numpy())
+            columns[f"layer.{layer}.weights"] = weights_TK
+            chosen_N = ids_TK[ids_TK >= 0].numpy()
             self._load[layer] += np.bincount(chosen_N, minlength=self._num_experts[layer])
-            columns[f"layer.{layer}.weights"] = weights[kept]
-            if self._with_logits:
-                columns[f"layer.{layer}.logits"] = routing.logits.detach().float().cpu()[kept]
+            if logits is not None:
+                columns[f"layer.{layer}.logits"] = logits[layer]
         self._pending.append(columns)
         self._pending_bytes += sum(column.nbytes for column in columns.values())
         if self._pending_bytes >= SHARD_BYTES:
@@ -155,11 +170,12 @@ class TraceWriter(AbstractContextManager["TraceWriter"]):
             "num_tokens": sum(shard["num_tokens"] for shard in self._shards),
             "num_experts": self._num_experts,
             "tokens_per_expert": [load_E.tolist() for load_E in self._load],
+            "cache_hits": [cache.hits.tolist() for cache in self._caches],
             "with_logits": self._with_logits,
             "sources": self._sources,
             "shards": self._shards,
         }
-        if self._token_bytes is not None:
+        if self._token_bytes is not None and len(self._occurring):
             texts = [self._token_bytes(int(token_id)) for token_id in self._occurring]
             vocabulary = {
                 "token_ids": torch.from_numpy(self._occurring).to(torch.int32),
@@ -168,6 +184,12 @@ class TraceWriter(AbstractContextManager["TraceWriter"]):
             }
             head["vocabulary_sha256"] = write_safetensors(self._temporary / VOCABULARY, vocabulary).sha256
         write_json(self._temporary / HEAD, head)
+
+
+def require_place(directory: Path) -> None:
+    """Raises UsageError where something is that is no trace: traces are replaced, nothing else is."""
+    if directory.exists() and not (directory / HEAD).is_file():
+        raise UsageError(f"{directory} exists and is not a trace; name another folder")
 
 
 def by_token(routing: Routing) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from cyclopts.exceptions import CycloptsError
 from rich.console import Console
 
 from moesaic import __version__
-from moesaic.errors import MoesaicError
+from moesaic.errors import MoesaicError, let_first_rank_speak
 
 _FLAG_NAME = re.compile(r"^--[\w.-]+")
 
@@ -82,6 +82,7 @@ def _with_dashes(arguments: Sequence[str]) -> list[str]:
 
 
 def _fail(message: str, code: int) -> None:
+    let_first_rank_speak()
     message = " ".join(message.split())
     Console(stderr=True).print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from moesaic.errors import UsageError
 
 _BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+_HELPERS = ("common", "communication_ranks", "hosts")
 
 
 def bench(
@@ -24,7 +25,7 @@ def bench(
     name
         A script of benchmarks/ in the source checkout; without a name they are listed.
     """
-    scripts = {path.stem: path for path in sorted(_BENCHMARKS.glob("*.py")) if path.stem != "common"}
+    scripts = {path.stem: path for path in sorted(_BENCHMARKS.glob("*.py")) if path.stem not in _HELPERS}
     if not scripts:
         raise UsageError("benchmarks are part of the source checkout; install moesaic from one with pip install -e .")
     if name not in scripts:

@@ -31,7 +31,7 @@ def chat(model: str, /, *, loading: ModelOptions = _MODEL, sampling: SamplingOpt
     from moesaic.engine.generate import Generation, require_causal, stream
 
     config = sampling.to_config()
-    transformer, tokenizer = loading.load(model)
+    transformer, tokenizer = loading.load_over_ranks(model)
     require_causal(transformer, config)
     # It knows the conversation so far, of which only what is new is computed.
     longest = transformer.config.max_position_embeddings

@@ -102,6 +102,7 @@ def _inspected(
     """Of a model on a text, whose trace is `kept` or else forgotten, or of a trace."""
     from moesaic.analysis.inspection import inspect_trace
     from moesaic.analysis.trace import is_trace, read_trace
+    from moesaic.analysis.trace_writer import require_place
 
     similarities: list[Similarity] = []
     if is_trace(model):
@@ -111,7 +112,9 @@ def _inspected(
         recorded = read_trace(model)
     else:
         kinds = _named_sources(text.data)
-        transformer, tokenizer = recording.load(model)
+        if kept is not None:
+            require_place(kept)
+        transformer, tokenizer = recording.loading.load(model)
         rows = _read_text(kinds, tokenizer, transformer, text.sequence_length, text.tokens)
         place = recording.folder / "one" if kept is None else kept
         recorded, similarities = recording.record(model, transformer, tokenizer, rows, list(kinds), place)
@@ -148,15 +151,6 @@ class _Recording:
     folder: Path
     """For traces that nobody keeps."""
 
-    def load(self, model: str) -> "tuple[Transformer, Tokenizer]":
-        transformer, tokenizer = self.loading.load(model)
-        if not transformer.moe_layers:
-            raise UsageError(
-                f"{model} is dense: it has no layers of experts to inspect; name a mixture-of-experts model, or make "
-                f"one with: moesaic upcycle {model} OUT --num-experts 8 --top-k 2"
-            )
-        return transformer, tokenizer
-
     def record(
         self,
         name: str,
@@ -172,18 +166,9 @@ class _Recording:
         from moesaic.analysis.similarity import InputSample, similarity
         from moesaic.analysis.text_rows import record_text
         from moesaic.analysis.trace import read_trace
-        from moesaic.analysis.trace_writer import TraceWriter
-        from moesaic.server.token_texts import TokenTexts
+        from moesaic.cli.tracing import writer_for
 
-        num_experts = [layer.router.num_experts for layer in transformer.moe_layers]
-        writer = TraceWriter(
-            directory,
-            num_experts=num_experts,
-            sources=sources,
-            about={"model": name, "tokenizer": tokenizer.fingerprint},
-            token_bytes=TokenTexts(tokenizer).bytes_of,
-            with_logits=self.with_logits,
-        )
+        writer = writer_for(directory, name, transformer, tokenizer, sources, with_logits=self.with_logits)
         with InputSample(transformer) as sample, writer:
             record_text(
                 transformer,
@@ -193,14 +178,15 @@ class _Recording:
                 progress=lambda done: self.progress(f"running {name}", done, len(text)),
             )
         found = []
-        for layer in range(len(num_experts) if compare_experts else 0):
+        num_layers = len(transformer.moe_layers) if compare_experts else 0
+        for layer in range(num_layers):
             found.append(similarity(transformer, layer, sample.of_layer(layer)))
-            self.progress("comparing experts", layer + 1, len(num_experts))
+            self.progress("comparing experts", layer + 1, num_layers)
         return read_trace(directory), found
 
     def of_other(self, model: str, recorded: "Trace") -> "Trace":
         """A second model on the text of a trace."""
-        transformer, tokenizer = self.load(model)
+        transformer, tokenizer = self.loading.load(model)
         known = recorded.head.get("tokenizer")
         if known is not None and known != tokenizer.fingerprint:
             raise UsageError(

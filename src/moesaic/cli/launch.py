@@ -8,6 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from moesaic.cli.train import start_values
 from moesaic.config_io import read_train_config
 from moesaic.errors import UsageError
 
@@ -53,7 +54,7 @@ def launch(
     chosen = [name for name, flag in (("slurm", slurm), ("kubeflow", kubeflow), ("skypilot", skypilot)) if flag]
     if len(chosen) != 1:
         raise UsageError(f"{len(chosen)} kinds of job file were asked for; add one of --slurm, --kubeflow, --skypilot")
-    train = read_train_config(config, overrides)
+    train = read_train_config(config, overrides, start_values)
     if nodes < 1 or gpus_per_node < 1:
         raise UsageError(f"nodes is {nodes} and gpus_per_node {gpus_per_node}; both must be at least 1")
     ranks, layout = nodes * gpus_per_node, train.parallel
@@ -68,17 +69,14 @@ def launch(
             f"batch_size is {train.batch_size}, which {ranks} ranks cannot share evenly; add --batch-size "
             f"{-(-train.batch_size // ranks) * ranks}"
         )
-    run = str(out or Path("runs") / config.stem)
-    arguments = ["train", str(config), *overrides, "--out", run, "--plain"]
-    print(JOBS[chosen[0]](config.stem, nodes, gpus_per_node, gpu, image, arguments, run), end="")
+    arguments = ["train", str(config), *overrides, "--out", str(out or Path("runs") / config.stem), "--plain"]
+    print(JOBS[chosen[0]](config.stem, nodes, gpus_per_node, gpu, image, arguments), end="")
     return 0
 
 
-def _training(torchrun: str, arguments: list[str], run: str) -> str:
-    """A shell line that starts a run, or goes on with one that has a saved state: asked anew at each restart."""
-    states = shlex.quote(f"{run}/states")
-    command = f"exec python -m moesaic {shlex.join(arguments)} $(test -d {states} && echo --resume)"
-    return f"{torchrun} --no-python bash -c {shlex.quote(command)}"
+def _training(torchrun: str, arguments: list[str]) -> str:
+    """A shell line that starts a run, or goes on with one that has a saved state, at each restart."""
+    return f"{torchrun} -m moesaic {shlex.join(arguments)} --resume-if-there"
 
 
 def _torchrun(nodes: str, gpus: int, address: str) -> str:
@@ -88,10 +86,10 @@ def _torchrun(nodes: str, gpus: int, address: str) -> str:
     )
 
 
-def _slurm(name: str, nodes: int, gpus: int, gpu: str, image: str, arguments: list[str], run: str) -> str:
+def _slurm(name: str, nodes: int, gpus: int, gpu: str, image: str, arguments: list[str]) -> str:
     torchrun = _torchrun("$SLURM_NNODES", gpus, "$MASTER") + " --rdzv-id $SLURM_JOB_ID"
     # One shell on each node, which sees MASTER through the environment that srun hands on.
-    command = shlex.quote(_training(torchrun, arguments, run))
+    command = shlex.quote(_training(torchrun, arguments))
     return f"""#!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}
@@ -106,9 +104,9 @@ srun --kill-on-bad-exit=1 bash -c {command}
 """
 
 
-def _kubeflow(name: str, nodes: int, gpus: int, gpu: str, image: str, arguments: list[str], run: str) -> str:
+def _kubeflow(name: str, nodes: int, gpus: int, gpu: str, image: str, arguments: list[str]) -> str:
     # The operator gives every pod MASTER_ADDR. JSON is YAML, and quotes whatever is in a command.
-    command = json.dumps(["bash", "-c", _training(_torchrun(str(nodes), gpus, "$MASTER_ADDR"), arguments, run)])
+    command = json.dumps(["bash", "-c", _training(_torchrun(str(nodes), gpus, "$MASTER_ADDR"), arguments)])
     roles = [("Master", 1)] + ([("Worker", nodes - 1)] if nodes > 1 else [])
     replicas = "".join(
         f"""    {role}:
@@ -145,7 +143,7 @@ spec:
 {replicas}"""
 
 
-def _skypilot(name: str, nodes: int, gpus: int, gpu: str, image: str, arguments: list[str], run: str) -> str:
+def _skypilot(name: str, nodes: int, gpus: int, gpu: str, image: str, arguments: list[str]) -> str:
     torchrun = _torchrun("$SKYPILOT_NUM_NODES", gpus, "$MASTER")
     return f"""name: {json.dumps(name)}
 num_nodes: {nodes}
@@ -156,11 +154,11 @@ setup: |
   pip install moesaic
 run: |
   MASTER=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
-  {_training(torchrun, arguments, run)}
+  {_training(torchrun, arguments)}
 """
 
 
-JOBS: dict[str, Callable[[str, int, int, str, str, list[str], str], str]] = {
+JOBS: dict[str, Callable[[str, int, int, str, str, list[str]], str]] = {
     "slurm": _slurm,
     "kubeflow": _kubeflow,
     "skypilot": _skypilot,

@@ -13,11 +13,13 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moesaic.cli.ranks import load_over_ranks, num_ranks
 from moesaic.config import SamplingConfig
 from moesaic.errors import UsageError
 
 if TYPE_CHECKING:
     from moesaic.model.transformer import Transformer
+    from moesaic.parallel.inference import ExpertShare
     from moesaic.tokenizer import Tokenizer
 
 
@@ -44,7 +46,29 @@ class ModelOptions:
     "Branch, tag or commit of a model on the hub."
 
     def load(self, model: str) -> "tuple[Transformer, Tokenizer]":
-        """MODEL and its tokenizer. torch is imported here, not by `--help`."""
+        """MODEL and its tokenizer. torch is imported here, not by `--help`.
+
+        Raises UsageError under torchrun: each rank would do all of it.
+        """
+        if num_ranks() > 1:
+            raise UsageError(f"this command runs in one process, and torchrun started {num_ranks()}; leave it out")
+        return self._load(model)
+
+    def load_over_ranks(self, model: str, trace: Path | None = None) -> "tuple[Transformer, Tokenizer]":
+        """The same; under torchrun the experts are shared out over all ranks, of which only the first one returns. The
+        others compute for it until it ends.
+
+        Raises UsageError before anything is read where `trace` cannot be written.
+        """
+        if trace is not None:
+            from moesaic.analysis.trace_writer import require_place
+
+            require_place(trace)
+        if num_ranks() == 1:
+            return self._load(model)
+        return load_over_ranks(lambda share: self._load(model, share), self.device)
+
+    def _load(self, model: str, share: "ExpertShare | None" = None) -> "tuple[Transformer, Tokenizer]":
         from moesaic.checkpoint.load import load, load_tokenizer
         from moesaic.checkpoint.resolve import resolve_model
 
@@ -59,6 +83,7 @@ class ModelOptions:
             placement=self.placement,
             backend=self.backend,
             offline=self.offline,
+            share=share,
         )
         return transformer, tokenizer
 

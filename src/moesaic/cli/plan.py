@@ -1,6 +1,7 @@
 """`moesaic plan`: does it fit, how fast, how much, and in which layout."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from moesaic.errors import UsageError
 if TYPE_CHECKING:
     from moesaic.plan.cluster import Cluster
     from moesaic.plan.report import Plan, Task
+    from moesaic.plan.subject import Subject
 
+_MOST_TOKENS = 1e18
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 Phase = Literal["train", "prefill", "decode"]
 
@@ -43,26 +46,55 @@ class TaskOptions:
     "Of weights outside of routed experts, where it is another; beside mxfp4 it is bfloat16."
     kv_precision: str = "bfloat16"
     "Of keys and values."
-    max_vio: float = 0.0
-    "Imbalance of experts: (largest - mean) / mean load."
+    max_vio: str = "0"
+    "Imbalance of experts: (largest - mean) / mean load; or the trace of the model by moesaic inspect --trace."
     hit_rate: float | None = None
     "Of the expert cache where experts are on disk; without it the cached share."
 
-    def tasks(self, stored_as: str) -> "list[Task]":
-        """One; both of inference where nothing says which."""
+    def one(self, subject: "Subject") -> "Task":
         phase: Phase = self.phase or ("train" if self.train_tokens else "decode")
         self._check(phase)
-        return [self._training() if phase == "train" else self._inference(phase, stored_as)]
+        return self._task(phase, subject.stored_as, self._max_vio(subject))
 
-    def both(self, stored_as: str) -> "list[Task]":
-        """What a comparison looks at: the phase asked for, or prefill, decode, and training with --train-tokens."""
-        if self.phase is not None:
-            return self.tasks(stored_as)
-        self._check("decode")
-        found: list[Task] = [self._inference("prefill", stored_as), self._inference("decode", stored_as)]
-        return [*found, self._training()] if self.train_tokens else found
+    def compared(self) -> "list[Task]":
+        """What a comparison looks at: the phase asked for, or prefill, decode, and training with --train-tokens. Both
+        models in one precision."""
+        phases: list[Phase] = ["prefill", "decode", *(["train"] if self.train_tokens else [])]
+        phases = phases if self.phase is None else [self.phase]
+        self._check("train" if self.phase is None and self.train_tokens else phases[0])
+        max_vio = self._max_vio(None)
+        return [self._task(phase, "bfloat16", max_vio) for phase in phases]
 
-    def _training(self) -> "Task":
+    def _task(self, phase: Phase, stored_as: str, max_vio: float) -> "Task":
+        return self._training(max_vio) if phase == "train" else self._inference(phase, stored_as, max_vio)
+
+    def _max_vio(self, subject: "Subject | None") -> float:
+        """Given as a number, or the mean over layers of a trace of `subject`."""
+        try:
+            max_vio = float(self.max_vio)
+        except ValueError:
+            return self._recorded_max_vio(subject)
+        if not 0 <= max_vio <= 1e4:
+            raise UsageError(f"--max-vio is {self.max_vio}; it must be 0 (even loads) or more, and at most 10,000")
+        return max_vio
+
+    def _recorded_max_vio(self, subject: "Subject | None") -> float:
+        if subject is None:
+            raise UsageError(f"--max-vio {self.max_vio}: a trace is of one model; with --against give a number")
+        moe = subject.config.moe
+        if moe is None:
+            raise UsageError(f"--max-vio {self.max_vio}: {subject.name} has no experts; leave --max-vio out")
+        if not Path(self.max_vio).exists():
+            raise UsageError(
+                f"--max-vio {self.max_vio} is neither a number nor a trace; write one like 0.5, or record a trace: "
+                "moesaic inspect MODEL --data FILE --trace DIR"
+            )
+        from moesaic.residency.placement import read_uses
+
+        uses_LE = read_uses(self.max_vio, subject.config.num_moe_layers, moe.num_experts)
+        return float((uses_LE.max(1) * moe.num_experts - 1).mean())
+
+    def _training(self, max_vio: float) -> "Task":
         from moesaic.plan.training import TrainingTask
 
         precision = self.precision or "bfloat16"
@@ -73,10 +105,10 @@ class TaskOptions:
             batch_tokens=parse_count(self.batch_tokens, "--batch-tokens"),
             sequence=self.sequence,
             precision=precision,
-            max_vio=self.max_vio,
+            max_vio=max_vio,
         )
 
-    def _inference(self, phase: Literal["prefill", "decode"], stored_as: str) -> "Task":
+    def _inference(self, phase: Literal["prefill", "decode"], stored_as: str, max_vio: float) -> "Task":
         from moesaic.plan.inference import InferenceTask
         from moesaic.plan.work import bytes_per_weight
 
@@ -88,7 +120,7 @@ class TaskOptions:
             dense_precision=self.dense_precision,
             kv_precision=self.kv_precision,
             hit_rate=self.hit_rate,
-            max_vio=self.max_vio,
+            max_vio=max_vio,
         )
         for precision in (task.precision, task.dense_type, task.kv_precision):
             bytes_per_weight(precision)
@@ -99,8 +131,6 @@ class TaskOptions:
             value = getattr(self, flag)
             if not 0 < value <= 100_000_000:
                 raise UsageError(f"--{flag} is {value}; it must lie between 1 and 100,000,000")
-        if not 0 <= self.max_vio <= 1e4:
-            raise UsageError(f"--max-vio is {self.max_vio}; it must be 0 (even loads) or more, and at most 10,000")
         if self.hit_rate is not None and not 0 <= self.hit_rate <= 1:
             raise UsageError(f"--hit-rate is {self.hit_rate}; it must lie between 0 and 1")
         if self.train_tokens and phase != "train":
@@ -158,13 +188,20 @@ def plan(
         _compare(model, against, machines, task, (parallel, html), json_output)
         return
     layout = None if parallel is None else parse_layout(parallel, machines.count)
-    found = make_plan(subject, machines, task.tasks(subject.stored_as)[0], layout)
+    found = make_plan(subject, machines, task.one(subject), layout)
+    if not _is_first_rank():
+        return
     if html is not None:
         _write_page(html, found)
     if json_output:
         print(json.dumps(to_json(found)))
         return
     Console().print(render(found))
+
+
+def _is_first_rank() -> bool:
+    """Under torchrun all measure, and one speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _compare(
@@ -180,7 +217,9 @@ def _compare(
 
     if any(one is not None for one in refused):
         raise UsageError("--against takes each model's fastest layout and writes no page; leave out --parallel, --html")
-    found = compare(find_subject(model), find_subject(against), machines, task.both("bfloat16"))
+    found = compare(find_subject(model), find_subject(against), machines, task.compared())
+    if not _is_first_rank():
+        return
     if json_output:
         print(json.dumps(to_json(found)))
         return
@@ -197,6 +236,8 @@ def _print_calibration(json_output: bool) -> None:
     from moesaic.plan.calibrate import calibrate, to_toml
 
     found = calibrate()
+    if not _is_first_rank():
+        return
     print(json.dumps(vars(found)) if json_output else to_toml(found))
 
 
@@ -215,4 +256,7 @@ def parse_count(text: str, flag: str) -> float:
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?(?:e\d{1,2})?)\s*([kmbgt]?)\s*", text.lower())
     if match is None or not float(match[1]):
         raise UsageError(f"{flag} {text!r} is not a number of tokens; write it like 15T, 300B or 4M")
-    return float(match[1]) * _COUNTS[match[2]]
+    count = float(match[1]) * _COUNTS[match[2]]
+    if not 1 <= count <= _MOST_TOKENS:
+        raise UsageError(f"{flag} {text!r} is not between 1 and {_MOST_TOKENS:.0e} tokens; write 15T, 300B or 4M")
+    return count

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from moesaic.cli.options import ModelOptions
+from moesaic.cli.ranks import is_first_rank
 from moesaic.config import EngineConfig
 from moesaic.errors import MoesaicError, UsageError
 
@@ -38,55 +39,54 @@ def serve(
     served_model_name: str | None = None,
     request_timeout: float = 600.0,
     drain_timeout: float = 30.0,
+    trace: Path | None = None,
     loading: ModelOptions = _MODEL,
     engine: Annotated[EngineConfig, Parameter(name="*")] = _ENGINE,
 ) -> None:
     """Serve MODEL over HTTP: OpenAI's API under /v1, and a page at / that shows the experts at work.
 
-    Ctrl-C or SIGTERM: nothing new is taken, what was begun is finished, for at most
-    --drain-timeout seconds, and the exit status is 0.
+    Ctrl-C or SIGTERM: nothing new is taken, what was begun is finished, and the exit status is 0.
 
     Parameters
     ----------
     model
         A run directory, a Hugging Face directory, or a hub id.
     host
-        The address to listen at; 0.0.0.0 lets others in, who should need a key.
-    port
-        0 takes a free one.
+        The address to listen at; 0.0.0.0 lets others in, who should need a key. Port 0 is a free one.
     api_key
         A key that clients have to show; may be given several times. MOESAIC_API_KEY in the environment is one too, and
         does not show in the list of processes.
     allowed_host
-        A name besides localhost that clients may ask for, such as that of a proxy; may be given several times. Where
-        only this machine can connect and no key is asked for, other names are refused: a stranger's web page could have
-        its own name point here.
+        A name besides localhost that clients may ask for, such as a proxy's; may be given several times. Where only
+        this machine can connect and there is no key, others are refused: a stranger's page could point its name here.
     served_model_name
         What clients call the model; otherwise the last part of MODEL.
     request_timeout
         Seconds that an answer may take.
     drain_timeout
         Seconds for what was begun before the end.
+    trace
+        Keep the routing of all texts in this folder, for `moesaic inspect FOLDER`; it is there when the server ends.
     """
     _require_extra()
     keys = _keys(api_key)
-    _require_seconds("request-timeout", request_timeout)
-    _require_seconds("drain-timeout", drain_timeout)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _require_seconds(request_timeout=request_timeout, drain_timeout=drain_timeout)
+    if not is_first_rank():
+        loading.load_over_ranks(model)
     listener = _listen(host, port)
     hosts = _checked_hosts(listener, host, allowed_host, keys)
-
     # Before the model, so that a budget of memory counts what they take.
-    from moesaic.engine.engine import Engine
+    from moesaic.cli.tracing import traced_engines
     from moesaic.engine.service import EngineService
     from moesaic.server.app import create_app
 
-    transformer, tokenizer = loading.load(model)
-    service = EngineService(Engine(transformer, tokenizer, engine))
-    name = served_model_name or Path(model.rstrip("/")).name or model
-    _begin(listener, host, port)
-    app = create_app(service, model_name=name, api_keys=keys, hosts=hosts, request_seconds=request_timeout)
-    _run(app, service, listener, name, drain_timeout)
+    transformer, tokenizer = loading.load_over_ranks(model, trace)
+    with traced_engines(trace, model, transformer, tokenizer) as make_engine:
+        service = EngineService(make_engine(transformer, tokenizer, engine))
+        _begin(listener, host, port)
+        name = served_model_name or Path(model.rstrip("/")).name or model
+        app = create_app(service, model_name=name, api_keys=keys, hosts=hosts, request_seconds=request_timeout)
+        _run(app, service, listener, name, drain_timeout)
 
 
 def _checked_hosts(
@@ -105,6 +105,14 @@ def _checked_hosts(
 def _run(app: "FastAPI", service: "EngineService", listener: socket.socket, name: str, drain_timeout: float) -> None:
     import uvicorn
 
+    from moesaic.parallel.inference import leader_of
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    leader = leader_of(service.engine.model)
+
+    def has_lost_ranks() -> bool:
+        return leader is not None and leader.failure is not None
+
     sys.setswitchinterval(5e-4)  # who waits for the engine's thread to let go of Python waits so long, and not 5 ms
 
     class Server(uvicorn.Server):
@@ -120,10 +128,17 @@ def _run(app: "FastAPI", service: "EngineService", listener: socket.socket, name
                 address = f"[{host}]" if ":" in host else host
                 print(f"serving {name} at http://{address}:{port}", file=sys.stderr, flush=True)
 
+        async def on_tick(self, counter: int) -> bool:
+            if self.draining is None and has_lost_ranks():
+                self._stop()
+            return await super().on_tick(counter)
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             asyncio.get_running_loop().call_soon_threadsafe(self._stop)
 
         def _stop(self) -> None:
+            if self.draining is not None and has_lost_ranks():
+                return  # torchrun's signal to a rank that ends already
             if self.draining is not None:
                 print("stopped, without finishing what was begun", file=sys.stderr, flush=True)
                 os._exit(1)  # a server has nothing to save
@@ -141,6 +156,8 @@ def _run(app: "FastAPI", service: "EngineService", listener: socket.socket, name
         await server.serve(sockets=[listener])
         if not server.started:
             raise MoesaicError("the server did not start; its log says why")
+        if leader is not None and leader.failure is not None:
+            raise leader.failure
 
     asyncio.run(main())
 
@@ -170,9 +187,10 @@ def _require_extra() -> None:
     del fastapi, prometheus_client
 
 
-def _require_seconds(name: str, seconds: float) -> None:
-    if not 0 < seconds < 10**7:
-        raise UsageError(f"--{name} is {seconds:g}; it must be a number of seconds above 0")
+def _require_seconds(**values: float) -> None:
+    for name, seconds in values.items():
+        if not 0 < seconds < 10**7:
+            raise UsageError(f"--{name.replace('_', '-')} is {seconds:g}; it must be a number of seconds above 0")
 
 
 def _keys(given: tuple[str, ...]) -> tuple[str, ...]:

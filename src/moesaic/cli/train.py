@@ -1,8 +1,9 @@
 """`moesaic train`: a run from a TOML config and flags."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -11,6 +12,9 @@ from moesaic.cli.options import progress_bars, this_command
 from moesaic.config_io import read_train_config
 from moesaic.errors import UsageError
 
+if TYPE_CHECKING:
+    from moesaic.train.trainer import Trainer
+
 
 def train(
     config: Path,
@@ -18,7 +22,9 @@ def train(
     *overrides: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     out: Path | None = None,
     resume: Annotated[bool, Parameter(negative="")] = False,
+    resume_if_there: Annotated[bool, Parameter(negative="")] = False,
     plain: Annotated[bool, Parameter(negative="")] = False,
+    trace: Path | None = None,
 ) -> int:
     """Train a model as CONFIG says.
 
@@ -33,14 +39,21 @@ def train(
         Run directory; runs/NAME-OF-CONFIG unless given.
     resume
         Continue the run in --out from its newest verified state.
+    resume_if_there
+        The same where there is a saved state, and a new run otherwise: for what starts by itself again and again.
     plain
         Lines instead of a live screen, also on a terminal.
+    trace
+        Keep the routing of all tokens that are trained on, and of each evaluation, in this folder, for
+        `moesaic inspect FOLDER`: 6 bytes for each token, layer and expert of it.
     """
-    train_config = read_train_config(config, overrides)
+    train_config = read_train_config(config, overrides, start_values)
+    if trace is not None and train_config.model.moe is None:
+        raise UsageError(f"{config} is of a dense model, which has no routing; leave --trace out")
     run_directory = out or _default_directory(config)
 
     # Imported late: the errors above should not wait for torch.
-    from moesaic.checkpoint.families import has_family
+    from moesaic.cli.tracing import training_watch
     from moesaic.train.run import run_training
     from moesaic.train.screen import Screen
 
@@ -50,25 +63,39 @@ def train(
         run_directory,
         Screen(console, live=False if plain else None),
         resume=resume,
+        resume_if_there=resume_if_there,
         progress=progress_bars(console),
+        watch=None if trace is None else training_watch(trace, str(run_directory)),
     )
-    if trainer.stop_requested and trainer.step < train_config.steps:
-        stored_config, quoted_out = (shlex.quote(str(path)) for path in (run_directory / "config.json", run_directory))
-        console.print(
-            f"stopped at step {trainer.step}; go on with: {this_command()} train {stored_config} "
-            f"--out {quoted_out} --resume",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+    return _say_what_is_next(trainer, console)
+
+
+def _say_what_is_next(trainer: "Trainer", console: Console) -> int:
+    """The exit status: 130 for a run that was stopped."""
+    from moesaic.checkpoint.families import has_family
+
+    config, directory = trainer.config, trainer.run_directory
+    run, stored_config = shlex.quote(str(directory)), shlex.quote(str(directory / "config.json"))
+    if trainer.stop_requested and trainer.step < config.steps:
+        line = (
+            f"stopped at step {trainer.step}; go on with: {this_command()} train {stored_config} --out {run} --resume"
+        )
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
         return 130
-    run, exported = shlex.quote(str(run_directory)), shlex.quote(f"{run_directory}-hf")
-    export = f"\n  {this_command()} export {run} {exported}"
-    asking = " --allow-lookahead" if train_config.model.looks_ahead else ""
-    console.print(
-        f"done: {run_directory}\n  {this_command()} generate {run} --prompt 'def '{asking}"
-        f"{export if has_family(train_config.model) else ''}",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    if trainer.ranks.is_first:
+        asking = " --allow-lookahead" if config.model.looks_ahead else ""
+        lines = [f"done: {directory}", f"  {this_command()} generate {run} --prompt 'def '{asking}"]
+        if has_family(config.model):
+            lines.append(f"  {this_command()} export {run} {shlex.quote(f'{directory}-hf')}")
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def start_values(init_from: str) -> Mapping[str, Any]:
+    """Of a model; torch is imported for it alone."""
+    from moesaic.checkpoint.adapters import start_values as read_start_values
+
+    return read_start_values(init_from)
 
 
 def _default_directory(config: Path) -> Path:

@@ -4,7 +4,7 @@ L prompt tokens, V vocabulary.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -86,10 +86,12 @@ def stream(
     engine: Engine | None = None,
     *,
     new_message: bool = False,
+    make_engine: Callable[[Transformer, Tokenizer, EngineConfig], Engine] = Engine,
 ) -> Iterator[str]:
     """Yield text as it is decoded, until an end-of-sequence token, a stop string or `max_tokens`; statistics go to
-    `generation`. An `engine` of this model, with nothing else to do, may know the beginning already. The text goes on
-    with the prompt's, a space at its beginning included, unless it is a `new_message`.
+    `generation`. An `engine` of this model, with nothing else to do, may know the beginning already; without one
+    `make_engine` makes it. The text goes on with the prompt's, a space at its beginning included, unless it is a
+    `new_message`.
 
     Raises:
         UsageError: the prompt is empty, it and max_tokens exceed the model's positions, or the routers look at later
@@ -106,7 +108,7 @@ def stream(
         else:
             if engine is None:
                 longest = len(prompt_ids) + config.max_tokens
-                engine = Engine(model, tokenizer, _for_one_text(model, len(prompt_ids), longest))
+                engine = make_engine(model, tokenizer, _for_one_text(model, len(prompt_ids), longest))
                 stack.callback(engine.close)
             request = Request(prompt_ids=prompt_ids, sampling=config, new_message=new_message)
             texts = _from_engine(engine, request, generation)

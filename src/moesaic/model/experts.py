@@ -3,6 +3,7 @@
 T tokens, N assignments, E experts, S of them in a stack, D hidden size, F expert intermediate size.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -80,6 +81,32 @@ class Experts(nn.Module):
     def is_hot(self, leaf: str) -> bool:
         """Whether these are the experts that have more bits."""
         return self.members(leaf) == self.hot
+
+    def part(self, leaf: str, tensor: Tensor, first: int, last: int) -> Tensor:
+        """Of the tensor of this name with all experts, those `first` to `last` - 1, in memory of their own."""
+        if leaf in self._packed:
+            members = self.members(leaf)
+            first, last = bisect_left(members, first), bisect_left(members, last)
+        return tensor.detach()[first:last].clone()
+
+    def keep(self, first: int, last: int) -> None:
+        """Leaves the experts `first` to `last` - 1, which are 0 and up from then on. Raises UsageError for experts on
+        disk."""
+        if self.store is not None and not self._packed:
+            raise UsageError("experts on disk cannot be shared out over ranks; load the model without memory")
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            kept = nn.Parameter(self.part(name, parameter, first, last), requires_grad=parameter.requires_grad)
+            setattr(self, name, kept)
+        for name, weight in self.packed.items():
+            data = self.part(name, weight.data, first, last)
+            self.register_buffer(name, data)
+            self._packed[name] = replace(weight, data=data)
+        self._members = {
+            prefix: tuple(number - first for number in members if first <= number < last)
+            for prefix, members in self._members.items()
+        }
+        self.hot = tuple(number - first for number in self.hot if first <= number < last)
+        self.num_experts, self._slots_of = last - first, {}
 
     def move_out(self, dtype: torch.dtype) -> ExpertWeights:
         """Gives up gate_up and down, which may be on the meta device: what is in `store` counts. What is not packed

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moesaic.config import ModelConfig
-from moesaic.model.dispatch import Dispatcher, LocalDispatcher
+from moesaic.model.dispatch import Aside, Dispatcher, LocalDispatcher
 from moesaic.model.experts import Experts
 from moesaic.model.free_experts import FreeExperts
 from moesaic.model.linear import Linear
@@ -40,20 +40,28 @@ class ExpertLayer(nn.Module):
     def forward(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
         """No routed expert sees what the context calls padding."""
         x_TD = x.flatten(0, 1)
-        y_TD, routing = self.routed(x_TD, context)
-        if self.shared_experts is not None:
-            y_TD = y_TD + self._shared(x_TD)
+        has_shared = self.shared_experts is not None
+        aside = Aside(self._shared, x_TD) if has_shared and self.dispatcher.overlaps_shared else None
+        y_TD, routing = self.routed(x_TD, context, aside)
+        if has_shared:
+            y_TD = y_TD + (self._shared(x_TD) if aside is None else aside.result())
         return y_TD.view_as(x), routing
 
-    def routed(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
-        """x (T, D) -> what the routed experts add (T, D), and the routing."""
+    def routed(self, x: Tensor, context: RoutingContext, aside: Aside | None = None) -> tuple[Tensor, Routing]:
+        """x (T, D) -> what the routed experts add (T, D), and the routing; `aside` may be done on the way."""
         raise NotImplementedError
 
-    def compute(self, x: Tensor, routing: Routing) -> Tensor:
+    def compute(self, x: Tensor, routing: Routing, aside: Aside | None = None) -> Tensor:
         """x (T, D) -> the weighted sum of each token's experts (T, D), on whatever ranks these are."""
-        x_RD, local_routing, handle = self.dispatcher.dispatch(x, routing)
-        y_RD = self.experts(x_RD, local_routing)
-        return self.dispatcher.combine(y_RD, handle)
+        trips = self.dispatcher.dispatch(x, routing)
+        if aside is not None:
+            aside.advance()
+        for trip in trips:
+            x_RD, local_routing = trip.arrive()
+            trip.send_back(self.experts(x_RD, local_routing))
+        if aside is not None:
+            aside.advance()
+        return self.dispatcher.combine(trips)
 
     def _shared(self, x: Tensor) -> Tensor:
         assert self.shared_experts is not None
@@ -81,11 +89,11 @@ class MoE(ExpertLayer):
             and self.experts.is_plainly_packed
         )
 
-    def routed(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
+    def routed(self, x: Tensor, context: RoutingContext, aside: Aside | None = None) -> tuple[Tensor, Routing]:
         routing = self.router(x, context)
         if routing.num_experts == self.num_experts:
-            return self.compute(x, routing), routing
-        y_TD = self.compute(x, routing.of_first_experts(self.num_experts))
+            return self.compute(x, routing, aside), routing
+        y_TD = self.compute(x, routing.of_first_experts(self.num_experts), aside)
         if self.free_experts is not None:
             y_TD = y_TD + self.free_experts(x, routing)
         return y_TD, routing

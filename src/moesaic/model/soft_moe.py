@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from moesaic.config import ModelConfig
 from moesaic.errors import MoesaicError, UsageError
+from moesaic.model.dispatch import Aside
 from moesaic.model.moe import ExpertLayer
 from moesaic.model.routers import Router
 from moesaic.model.routing_context import RoutingContext
@@ -60,7 +61,7 @@ class SoftMoE(ExpertLayer):
         self.slots_per_expert = config.moe.slots_per_expert
         self.routed_scaling_factor = config.moe.routed_scaling_factor
 
-    def routed(self, x: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
+    def routed(self, x: Tensor, context: RoutingContext, aside: Aside | None = None) -> tuple[Tensor, Routing]:
         """The routing is for analysis: a row for each slot of each sequence, with the slot's expert, the token that
         weighs most in it, and that weight; the logit of an expert is the logsumexp of those of its slots."""
         if context.replay:
@@ -72,7 +73,7 @@ class SoftMoE(ExpertLayer):
         logits_BLM = logits_TM.unflatten(0, context.tokens.shape)
         dispatch_BLM, combine_BLM = self._mixing(logits_BLM, context.mask)
         slots_BMD = dispatch_BLM.mT.to(x.dtype) @ x.unflatten(0, context.tokens.shape)
-        y_BMD = self._computed(slots_BMD, logits_TM)
+        y_BMD = self._computed(slots_BMD, logits_TM, aside)
         y_BLD = (combine_BLM * self.routed_scaling_factor).to(y_BMD.dtype) @ y_BMD
         return y_BLD.flatten(0, 1), self._routing(logits_TM, dispatch_BLM, context)
 
@@ -85,7 +86,7 @@ class SoftMoE(ExpertLayer):
         # Again, because in a sequence of padding alone a softmax over nothing is NaN.
         return dispatch_BLM.masked_fill(padding_BL1, 0.0), logits.softmax(2).masked_fill(padding_BL1, 0.0)
 
-    def _computed(self, slots: Tensor, logits: Tensor) -> Tensor:
+    def _computed(self, slots: Tensor, logits: Tensor, aside: Aside | None) -> Tensor:
         """(B, M, D) -> (B, M, D): each slot through its expert, as a token that visits this one with weight 1."""
         rows_RD = slots.flatten(0, 1)
         num_experts = self.router.num_experts
@@ -97,7 +98,7 @@ class SoftMoE(ExpertLayer):
             num_experts=num_experts,
             top_k=1,
         )
-        return self.compute(rows_RD, row_routing).view_as(slots)
+        return self.compute(rows_RD, row_routing, aside).view_as(slots)
 
     def _routing(self, logits: Tensor, dispatch: Tensor, context: RoutingContext) -> Routing:
         batch_size, length, num_slots = dispatch.shape

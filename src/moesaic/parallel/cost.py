@@ -30,25 +30,46 @@ class ExchangeShape:
     gradient_transport: str = "exact"
     deduplicated: bool = True
     """A token travels once to each rank, as `AllToAllDispatcher` sends it; else once to each expert."""
+    n_group: int = 1
+    topk_group: int = 1
+    """A token visits experts of so many of the groups alone, which bounds the hosts that it travels to."""
 
-    def places(self, size: int) -> list[int]:
-        """Experts in each group of `size` neighbouring ranks."""
+    def places(self, size: int) -> list[range]:
+        """Experts of each group of `size` neighbouring ranks."""
         bounds = expert_bounds(self.num_experts, self.num_ranks)
         ends = [*range(0, self.num_ranks, size), self.num_ranks]
-        return [bounds[end] - bounds[first] for first, end in pairwise(ends)]
+        return [range(bounds[first], bounds[end]) for first, end in pairwise(ends)]
+
+    def visited(self, place: range) -> float:
+        """Probability that a token has an expert in that place."""
+        return visited(self.num_experts, self.top_k, place, self.n_group, self.topk_group)
 
 
-def visited(num_experts: int, top_k: int, place: int) -> float:
-    """Probability that at least one of K different experts, drawn evenly, is among `place` of the E."""
-    return 1.0 - math.comb(num_experts - place, top_k) / math.comb(num_experts, top_k)
+def visited(num_experts: int, top_k: int, place: range, n_group: int = 1, topk_group: int = 1) -> float:
+    """Probability that at least one of K different experts, drawn evenly from `topk_group` groups of the E, which are
+    drawn evenly too, is among those of `place`."""
+    size = num_experts // n_group
+    # (groups drawn, experts of the place in them) -> ways to draw them.
+    ways = {(0, 0): 1}
+    for group in range(n_group):
+        inside = len(range(max(place.start, group * size), min(place.stop, (group + 1) * size)))
+        for (drawn, found), count in list(ways.items()):
+            if drawn < topk_group:
+                key = (drawn + 1, found + inside)
+                ways[key] = ways.get(key, 0) + count
+    total = topk_group * size
+    missed = sum(
+        count * math.comb(total - found, top_k) for (drawn, found), count in ways.items() if drawn == topk_group
+    )
+    return 1.0 - missed / (math.comb(n_group, topk_group) * math.comb(total, top_k))
 
 
 def rows_sent(shape: ExchangeShape) -> float:
     """Rows of a token that leave its rank, mean over ranks."""
     places = shape.places(1)
     if not shape.deduplicated:
-        return _others(places, lambda place: shape.top_k * place / shape.num_experts)
-    return _others(places, lambda place: visited(shape.num_experts, shape.top_k, place))
+        return _assignments_sent(shape)
+    return _others(places, shape.visited)
 
 
 def forward_bytes(shape: ExchangeShape) -> float:
@@ -70,13 +91,33 @@ def host_rows(shape: ExchangeShape, *, hierarchical: bool) -> float:
     size = shape.ranks_per_host or shape.num_ranks
     hosts = shape.places(size)
     if hierarchical:
-        return _others(hosts, lambda place: visited(shape.num_experts, shape.top_k, place))
-    ranks = shape.places(1)
-    by_host = [
-        sum(visited(shape.num_experts, shape.top_k, place) for place in ranks[first : first + size])
-        for first in range(0, shape.num_ranks, size)
-    ]
-    return sum(by_host) * (len(hosts) - 1) / len(hosts)
+        return _others(hosts, shape.visited)
+    visits = sum(shape.visited(place) for place in shape.places(1))
+    return visits * (len(hosts) - 1) / len(hosts)
+
+
+def host_bytes(shape: ExchangeShape, *, hierarchical: bool) -> float:
+    """Bytes per token that leave its host in the forward pass of a layer: rows there and back, and on the way there the
+    expert and weight of every assignment. Without the counts."""
+    row = TRANSPORTS[shape.transport].row_bytes(shape.hidden_size, shape.itemsize)
+    hosts = shape.places(shape.ranks_per_host or shape.num_ranks)
+    assignments = _others(hosts, lambda place: shape.top_k * len(place) / shape.num_experts)
+    return 2 * host_rows(shape, hierarchical=hierarchical) * row + assignments * (ID_BYTES + shape.weight_itemsize)
+
+
+def host_seconds(
+    shape: ExchangeShape, tokens: int, rate: float, delay: float, *, hierarchical: bool, inside_rate: float
+) -> float:
+    """One way of the rows of `tokens` tokens of each rank, where the ranks of a host share a link of `rate` bytes/s
+    each way with that delay, and inside a host all of them together `inside_rate`. In two levels, what is inside comes
+    after what is between."""
+    size = shape.ranks_per_host or shape.num_ranks
+    row = TRANSPORTS[shape.transport].row_bytes(shape.hidden_size, shape.itemsize)
+    between = tokens * size * host_rows(shape, hierarchical=hierarchical) * row / rate + delay
+    hosts = shape.num_ranks // size
+    visits = sum(shape.visited(place) for place in shape.places(1)) / hosts  # ranks that a token visits on a host
+    inside = tokens * size * visits * (size - 1) / size * row / inside_rate
+    return between + inside * hosts if hierarchical else max(between, inside)
 
 
 def exchange_seconds(shape: ExchangeShape, tokens: int, rate: float, delay: float) -> float:
@@ -86,9 +127,9 @@ def exchange_seconds(shape: ExchangeShape, tokens: int, rate: float, delay: floa
 
 
 def _assignments_sent(shape: ExchangeShape) -> float:
-    return _others(shape.places(1), lambda place: shape.top_k * place / shape.num_experts)
+    return _others(shape.places(1), lambda place: shape.top_k * len(place) / shape.num_experts)
 
 
-def _others(places: Sequence[int], value: Callable[[int], float]) -> float:
+def _others(places: Sequence[range], value: Callable[[range], float]) -> float:
     """The sum of `value` over the places that are not one's own, mean over whose own that is."""
     return sum(value(place) for place in places) * (len(places) - 1) / len(places)

@@ -4,18 +4,28 @@ Every rank has tokens of its own. Dense parameters are cut over fsdp and repeate
 over ep, cut over fsdp and repeated over dp.
 """
 
+import itertools
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from moesaic.config import ParallelConfig
-from moesaic.errors import UsageError
+from moesaic.errors import MoesaicError, UsageError, let_first_rank_speak
+from moesaic.parallel.heartbeat import Heartbeat, clone_of, is_broken_exchange
+
+FOR_EVER = timedelta(days=365)
+"""Of waits for a rank that works alone; should it be lost, the heartbeat or torchrun ends them."""
+_stores = itertools.count()
 
 DIMENSIONS = ("dp", "fsdp", "ep")
 """Outermost first: the ranks of an ep group, which talk most, are neighbours, on one host where they fit."""
@@ -24,9 +34,10 @@ DIMENSIONS = ("dp", "fsdp", "ep")
 class Ranks:
     """Where this process stands among those of its run; alone without a mesh, when all sums are their own."""
 
-    def __init__(self, mesh: DeviceMesh | None = None) -> None:
+    def __init__(self, mesh: DeviceMesh | None = None, heartbeat: Heartbeat | None = None) -> None:
         """`mesh` has the dimensions (dp, fsdp, ep)."""
         self.mesh = mesh
+        self._heartbeat = heartbeat
         self.dp, self.fsdp, self.ep = (1, 1, 1) if mesh is None else tuple(mesh.shape)
         self.count = self.dp * self.fsdp * self.ep
         self.index = 0 if mesh is None else dist.get_rank()
@@ -40,6 +51,12 @@ class Ranks:
     def group(self, dimension: str) -> dist.ProcessGroup:
         assert self.mesh is not None
         return self.mesh.get_group(dimension)
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Those of this rank, besides that of all."""
+        dimensions = [] if self.mesh is None else self.mesh.get_all_groups()
+        return [*dimensions, *([self._dense_replicas] if self._dense_replicas is not None else [])]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The same on every rank."""
@@ -64,6 +81,13 @@ class Ranks:
         """How many ranks hold the same part of a parameter."""
         return self.dp if of_expert else self.dp * self.ep
 
+    def replica(self, *, of_expert: bool) -> int:
+        """The number of this rank among them."""
+        if self.mesh is None:
+            return 0
+        dp = self.group("dp").rank()
+        return dp if of_expert else dp * self.ep + self.group("ep").rank()
+
     def share(self, batch_size: int) -> slice:
         """The sequences of a batch that are this rank's.
 
@@ -77,9 +101,40 @@ class Ranks:
         size = batch_size // self.count
         return slice(self.index * size, (self.index + 1) * size)
 
-    def barrier(self) -> None:
-        if self.mesh is not None:
-            dist.barrier()
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns, JSON, where the first rank alone calls it. The others wait as long as that takes.
+
+        When `make` raises, the others end without a word: it is the first one's to say.
+        """
+        if self.mesh is None:
+            return make()
+        store = self.store()
+        if not self.is_first:
+            store.wait(["made"], FOR_EVER)
+            answer = json.loads(store.get("made"))
+            if "value" not in answer:
+                let_first_rank_speak()
+                raise SystemExit(answer["exit_code"])
+            return answer["value"]
+        answer: dict[str, Any] = {"exit_code": MoesaicError.exit_code}
+        try:
+            answer = {"value": make()}
+        except MoesaicError as error:
+            answer = {"exit_code": error.exit_code}
+            raise
+        finally:
+            store.set("made", json.dumps(answer))
+        return answer["value"]
+
+    def tell(self, doing: str) -> None:
+        """What this rank is doing from now on, which the others say of it should it be lost."""
+        if self._heartbeat is not None:
+            self._heartbeat.doing = doing
+
+    def store(self) -> Store:
+        """One that all ranks see, empty, a new one at each call, which all ranks must make in the same order. It may be
+        used in a thread."""
+        return PrefixStore(f"moesaic/{next(_stores)}", clone_of(_default_store()))
 
     @property
     def _device(self) -> str:
@@ -108,7 +163,7 @@ class Ranks:
         return group
 
 
-def make_ranks(config: ParallelConfig, device_type: str = "cpu") -> Ranks:
+def make_ranks(config: ParallelConfig, device_type: str = "cpu", heartbeat: Heartbeat | None = None) -> Ranks:
     """The mesh that `config` asks for, over all processes of the process group, or over this one where there is none.
 
     Raises UsageError when dp x fsdp x ep is not their number.
@@ -125,22 +180,54 @@ def make_ranks(config: ParallelConfig, device_type: str = "cpu") -> Ranks:
         )
     if not dist.is_initialized():
         return Ranks()
-    return Ranks(init_device_mesh(device_type, (count // inner, config.fsdp, config.ep), mesh_dim_names=DIMENSIONS))
+    mesh = init_device_mesh(device_type, (count // inner, config.fsdp, config.ep), mesh_dim_names=DIMENSIONS)
+    ranks = Ranks(mesh, heartbeat)
+    for group in ranks.groups:  # new groups wait for half an hour, whatever the first one does
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.timeout_seconds), group)
+    return ranks
 
 
 @contextmanager
-def process_group(device_type: str, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
-    """The process group that torchrun's variables describe, until the end; nothing where there are none.
+def process_group(device_type: str, timeout_seconds: float) -> Iterator[Heartbeat | None]:
+    """The process group that torchrun's variables describe, until the end, with this rank's heartbeat; nothing where
+    there are none.
 
-    A rank that waits longer than `timeout` for another one gives up with an error.
+    A rank that waits longer than `timeout_seconds` in an exchange gives it up. Whoever notices that an exchange has
+    failed names the rank that is missing, and ends the process.
     """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
-        yield
+        yield None
         return
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
     try:
-        yield
+        _init("nccl" if device_type == "cuda" else "gloo", timedelta(seconds=timeout_seconds))
+    except RuntimeError as error:
+        raise MoesaicError(
+            f"the ranks could not connect ({str(error).splitlines()[0]}); check that all hosts reach each other"
+        ) from error
+    store = PrefixStore("moesaic/heartbeat", clone_of(_default_store()))
+    heartbeat = Heartbeat(store, dist.get_rank(), dist.get_world_size(), timeout_seconds)
+    heartbeat.start()
+    try:
+        yield heartbeat
+    except RuntimeError as error:
+        if is_broken_exchange(error):
+            heartbeat.explain_broken_exchange()
+        raise
     finally:
+        heartbeat.stop()
         dist.destroy_process_group()
+
+
+def _init(backend: str, timeout: timedelta) -> None:
+    """Under other names at each restart: torchrun keeps one store, in which the last ranks' addresses still lie."""
+    store, rank, count = next(iter(rendezvous("env://", timeout=timeout)))
+    attempt = f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {count} ranks"
+    dist.init_process_group(
+        backend, store=PrefixStore(attempt, store), rank=rank, world_size=count, timeout=timeout
+    )  # fmt: skip
+
+
+def _default_store() -> Store:
+    return dist.distributed_c10d._get_default_store()

@@ -2,19 +2,17 @@
 or those of its optimizer, between the parts of the ranks and the whole ones that a single process has.
 """
 
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from moesaic.config import ParallelConfig
 from moesaic.model.transformer import Transformer
 from moesaic.parallel.expert_parallel import apply_expert_parallel, expert_bounds
-from moesaic.parallel.gradients import is_expert
+from moesaic.parallel.gradients import is_expert, local
 from moesaic.parallel.ranks import Ranks
 
 
@@ -26,8 +24,13 @@ def spread(model: Transformer, ranks: Ranks, config: ParallelConfig) -> None:
     if ranks.mesh is None:
         return
     apply_expert_parallel(
-        model, ranks.mesh, transport=config.transport, gradient_transport=config.gradient_transport
-    )  # fmt: skip
+        model,
+        ranks.mesh,
+        transport=config.transport,
+        gradient_transport=config.gradient_transport,
+        overlap=config.overlap,
+        ranks_per_host=config.ranks_per_host,
+    )
     if ranks.fsdp > 1:
         _cut(model, ranks)
 
@@ -47,58 +50,83 @@ def _cut(model: Transformer, ranks: Ranks) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-@torch.no_grad()
-def whole_tensors(model: Transformer, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """`tensors` by name of a parameter or buffer, or NAME/MOMENT, as one process would have them.
+@dataclass(frozen=True)
+class Part:
+    """Rows `first` to `first + len(tensor)` of the `rows` that a tensor has in one process; a scalar has one row."""
 
-    All ranks take part; the first one gets them, the others only those that need no exchange.
+    tensor: Tensor
+    first: int
+    rows: int
+
+
+def own_parts(model: Transformer, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Part]:
+    """What this rank is to write of `tensors`, by name of a parameter or buffer, or NAME/MOMENT.
+
+    The parts of all ranks are the whole tensors, each row once: of ranks that hold the same, the one with the fewest
+    bytes so far writes the next.
     """
-    if ranks.count == 1:
-        return dict(tensors)
-    of_expert = is_expert(model)
-    return {
-        key: _whole_experts(value, model, ranks) if _is_split(key, value, of_expert) and ranks.ep > 1 else _whole(value)
-        for key, value in tensors.items()
-    }
-
-
-@torch.no_grad()
-def keep_parts(model: Transformer, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The way back: this rank's parts of whole tensors."""
-    if ranks.count == 1:
-        return dict(tensors)
-    of_expert, parameters = is_expert(model), dict(model.named_parameters())
+    layout = _Layout(model, ranks)
+    written = {expert: [0] * ranks.replicas(of_expert=expert) for expert in (False, True)}
     parts = {}
-    for key, value in tensors.items():
-        if _is_split(key, value, of_expert) and ranks.ep > 1:
-            bounds = expert_bounds(len(value), ranks.ep)
-            rank = ranks.group("ep").rank()
-            value = value[bounds[rank] : bounds[rank + 1]]
-        like = parameters.get(key.split("/")[0])
-        if isinstance(like, DTensor) and value.ndim:
-            value = distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-        parts[key] = value
+    for key, value in sorted(tensors.items()):  # a resumed run has its moments in another order, and the same files
+        expert = value.ndim > 0 and layout.of_expert(key)
+        part, loads = local(value).detach(), written[expert]
+        writer = loads.index(min(loads))
+        loads[writer] += part.nbytes
+        held_elsewhere = ranks.fsdp > 1 and not isinstance(value, DTensor) and ranks.group("fsdp").rank() > 0
+        if writer == ranks.replica(of_expert=expert) and not held_elsewhere and part.numel():
+            rows = layout.rows(key, value)
+            parts[key] = Part(part, layout.bounds(key, rows)[0] if part.ndim else 0, rows)
     return parts
 
 
-def _is_split(key: str, value: Tensor, of_expert: Mapping[str, bool]) -> bool:
-    """Whether it has a row for each expert; the step that AdamW counts has not."""
-    return value.ndim > 0 and of_expert.get(key.split("/")[0], False)
+def read_parts(
+    model: Transformer, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, int, int], Tensor], ranks: Ranks
+) -> dict[str, Tensor]:
+    """The way back: of whole tensors of such shapes what this rank holds; `read(name, first, last)` gives some rows."""
+    layout = _Layout(model, ranks)
+    tensors = {}
+    for key, shape in shapes.items():
+        value = read(key, *(layout.bounds(key, shape[0]) if shape else (0, 1)))
+        like = layout.parameter(key)
+        if isinstance(like, DTensor) and shape:
+            value = DTensor.from_local(
+                value.to(like.device), like.device_mesh, like.placements, run_check=False,
+                shape=like.shape, stride=like.stride(),
+            )  # fmt: skip
+        tensors[key] = value
+    return tensors
 
 
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+class _Layout:
+    """Which rows of a tensor are on this rank. Keys are names, or NAME/MOMENT."""
 
+    def __init__(self, model: Transformer, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._parameters = dict(model.named_parameters())
+        self._of_expert = is_expert(model)
+        self._num_experts = model.config.moe.num_experts if model.config.moe else 0
 
-def _whole_experts(value: Tensor, model: Transformer, ranks: Ranks) -> Tensor:
-    """(e, ...) -> (E, ...) on every rank of the ep group."""
-    assert model.config.moe is not None
-    mine = _whole(value).contiguous()
-    bounds = expert_bounds(model.config.moe.num_experts, ranks.ep)
-    parts = [mine.new_empty(last - first, *mine.shape[1:]) for first, last in pairwise(bounds)]
-    largest = max(len(part) for part in parts)
-    padded = mine.new_zeros(largest, *mine.shape[1:])
-    padded[: len(mine)] = mine
-    gathered = [torch.empty_like(padded) for _ in parts]
-    dist.all_gather(gathered, padded, group=ranks.group("ep"))
-    return torch.cat([one[: len(part)] for one, part in zip(gathered, parts, strict=True)])
+    def parameter(self, key: str) -> Tensor | None:
+        return self._parameters.get(key.split("/")[0])
+
+    def of_expert(self, key: str) -> bool:
+        return self._of_expert.get(key.split("/")[0], False)
+
+    def rows(self, key: str, value: Tensor) -> int:
+        """Of a tensor here, those of the whole one. A DTensor counts the rows of all that it is cut among."""
+        if value.ndim == 0:
+            return 1
+        return self._num_experts if self.of_expert(key) else len(value)
+
+    def bounds(self, key: str, rows: int) -> tuple[int, int]:
+        """The first row here and the one after the last: this rank's experts, and of them or of all rows its cut."""
+        first, last = 0, rows
+        if self._ranks.ep > 1 and self.of_expert(key):
+            bounds, rank = expert_bounds(rows, self._ranks.ep), self._ranks.group("ep").rank()
+            first, last = bounds[rank], bounds[rank + 1]
+        if isinstance(self.parameter(key), DTensor):
+            size = -(-(last - first) // self._ranks.fsdp)  # as torch cuts: the last ranks may have less, or nothing
+            first = min(first + self._ranks.group("fsdp").rank() * size, last)
+            last = min(first + size, last)
+        return first, last

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moesaic.checks import require, require_positive
+from moesaic.checks import require, require_not_negative, require_positive
 from moesaic.config_io import from_mapping
 from moesaic.errors import UsageError
 from moesaic.plan.hardware import DEVICES, DISKS, GB, MEMORY_KINDS, Device
@@ -18,6 +18,8 @@ MAX_DEVICES = 1_000_000
 POWER_OVERHEAD = (1.1, 1.5)
 """Of a machine and its building, over the devices alone: cooling, hosts, network."""
 DOLLARS_PER_KWH = (0.05, 0.30)
+BETWEEN_NODES = 2
+"""Times the latency inside of a node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +49,8 @@ class Cluster:
     def node_size(self) -> int:
         return min(self.device.node_size, self.count)
 
-    def rate(self, group: int) -> float:
-        """Bytes/s that each device of a group of neighbours sends to the others, all at the same time."""
-        if group <= self.node_size:
-            return self.device.link
-        outside = (group - self.node_size) / (group - 1)
-        return 1.0 / (outside / self.device.network + (1 - outside) / self.device.link)
-
     def delay(self, group: int) -> float:
-        return self.latency * (1 if group <= self.node_size else 2)
+        return self.latency * (1 if group <= self.node_size else BETWEEN_NODES)
 
 
 def parse_cluster(text: str) -> Cluster:
@@ -150,6 +145,7 @@ class _DeviceTable:
     """Rates are what programs here reach, as `moesaic plan --calibrate` writes them, and not those of a datasheet."""
     tflops: float
     tflops_8bit: float = 0.0
+    tflops_float32: float = 0.0
     memory: str
     bandwidth_gb: float
     link_gb: float = 0.0
@@ -169,6 +165,7 @@ class _ClusterFile:
     host_memory: str = ""
     host_bandwidth_gb: float = 64.0
     disk_gb: float = DISKS["nvme"] / GB
+    latency_us: float = 10.0
 
 
 def _read_toml(path: Path) -> Cluster:
@@ -179,12 +176,14 @@ def _read_toml(path: Path) -> Cluster:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} does not parse: {error}") from error
     file = from_mapping(_ClusterFile, mapping)
+    require_positive(file, "count", "host_bandwidth_gb", "disk_gb", "latency_us")
     require(
         bool(file.cluster) != (file.device is not None),
         f"{path} needs either cluster = '8xH100' or a table [device], and not both",
     )
     cluster = parse_cluster(file.cluster) if file.device is None else _own_device(path, file, file.device)
-    changes: dict[str, Any] = {"host_bandwidth": file.host_bandwidth_gb * GB, "disk": file.disk_gb * GB}
+    changes: dict[str, Any] = {"host_bandwidth": file.host_bandwidth_gb * GB, "disk": file.disk_gb * GB,
+                               "latency": file.latency_us * 1e-6}  # fmt: skip
     if file.host_memory:
         changes["host_memory"] = parse_bytes(file.host_memory, "host_memory")
     return replace(cluster, name=path.stem, **changes)
@@ -192,10 +191,13 @@ def _read_toml(path: Path) -> Cluster:
 
 def _own_device(path: Path, file: _ClusterFile, table: _DeviceTable) -> Cluster:
     require_positive(table, "tflops", "bandwidth_gb", "node_size")
+    require_not_negative(table, "tflops_8bit", "tflops_float32", "link_gb", "network_gbit", "watts")
     like = find_device(table.like)
     flops: Mapping[str, float] = {"bfloat16": table.tflops * 1e12}
     if table.tflops_8bit:
         flops = {**flops, "float8": table.tflops_8bit * 1e12, "int8": table.tflops_8bit * 1e12}
+    if table.tflops_float32:
+        flops = {**flops, "float32": table.tflops_float32 * 1e12}
     low, high = table.dollars_per_hour
     require(0 <= low <= high, f"{path}: dollars_per_hour is {[low, high]}; give the low one first, 0 or above")
     device = replace(

@@ -15,10 +15,10 @@ def all_to_all_seconds(
     if group == 1:
         return 0.0
     inside = min(group, cluster.node_size)
-    on_links = token_bytes * top_k * (inside - 1) / inside / (cluster.device.link * losses.link)
+    on_links = token_bytes * top_k * (inside - 1) / inside / link_rate(cluster, losses)
     nodes = group / inside
     visited = min(nodes * (1 - (1 - 1 / nodes) ** top_k), max_nodes) * (nodes - 1) / nodes
-    on_network = token_bytes * visited / (cluster.device.network * losses.network)
+    on_network = token_bytes * visited / network_rate(cluster, losses)
     return max(on_links, on_network) + cluster.delay(group)
 
 
@@ -36,8 +36,18 @@ def gather_seconds(size: float, cluster: Cluster, group: int, stride: int, losse
         return 0.0
     inside = max(1, cluster.node_size // stride)
     moved = size * (group - 1) / group
-    seconds = moved / (cluster.device.link * losses.link) if inside > 1 else 0.0
+    seconds = moved / link_rate(cluster, losses) if inside > 1 else 0.0
     if group > inside:
         nodes = group / inside
-        seconds += size * (nodes - 1) / nodes / (cluster.device.network * losses.network * inside)
+        seconds += size * (nodes - 1) / nodes / (network_rate(cluster, losses) * inside)
     return seconds + cluster.delay(group * stride)
+
+
+def link_rate(cluster: Cluster, losses: TrainingLosses) -> float:
+    """Bytes/s that collectives reach inside a node. What was measured is what they reach."""
+    return cluster.device.link * (1.0 if cluster.device.kind == "calibrated" else losses.link)
+
+
+def network_rate(cluster: Cluster, losses: TrainingLosses) -> float:
+    """The same between nodes."""
+    return cluster.device.network * (1.0 if cluster.device.kind == "calibrated" else losses.network)

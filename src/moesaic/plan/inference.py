@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moesaic.plan.cluster import Cluster
-from moesaic.plan.communication import all_reduce_seconds, all_to_all_seconds
+from moesaic.plan.communication import all_reduce_seconds, all_to_all_seconds, network_rate
 from moesaic.plan.efficiency import INFERENCE, SPREAD, TRAINING, InferenceLosses
-from moesaic.plan.layout import Layout
+from moesaic.plan.layout import Layout, device_max_vio
 from moesaic.plan.memory import Memory, inference_memory
 from moesaic.plan.subject import Subject
 from moesaic.plan.work import (
@@ -22,6 +22,7 @@ from moesaic.plan.work import (
     experts_visited,
     forward_work,
     kv_numbers,
+    last_feed_forward,
     parameters,
 )
 
@@ -131,14 +132,16 @@ def _bytes_read(subject: Subject, layout: Layout, task: InferenceTask, texts: fl
     part, config = parameters(subject), subject.config
     weight, dense_weight = task.weight_bytes
     shared_tokens = tokens * max(1.0, layout.ep / layout.tp)
-    visited = experts_visited(config, shared_tokens) / max(layout.ep, 1)
+    visited = config.num_moe_layers * experts_visited(config, shared_tokens)
+    if task.phase == "prefill" and config.is_moe_layer(config.num_hidden_layers - 1):
+        visited -= experts_visited(config, shared_tokens) - experts_visited(config, shared_tokens / task.context)
     cut = 1 if config.mla else min(layout.tp, config.num_key_value_heads)
     cache = 0.0
     if task.phase == "decode":
         cache = texts * kv_numbers(subject, task.context) * bytes_per_weight(task.kv_precision) / cut
     return {
         "dense": dense_weight * part.always / layout.tp,
-        "experts": weight * config.num_moe_layers * visited * part.expert,
+        "experts": weight * visited / max(layout.ep, 1) * part.expert,
         "keys and values": cache,
     }
 
@@ -155,7 +158,9 @@ def _compute_seconds(
     prefill = task.phase == "prefill"
     work = forward_work(subject, task.context / 2 if prefill else task.context)
     scores = work.scores if prefill else absorbed_score_flops(subject, task.context)
-    dense = tokens * (work.dense - 2 * part.head + scores) + (texts if prefill else tokens) * 2 * part.head
+    last, skipped = last_feed_forward(subject), tokens - texts if prefill else 0.0
+    dense = tokens * (work.dense + scores) - skipped * (2 * part.head + last.dense)
+    experts = tokens * work.experts - skipped * last.experts
     peak = device.peak(_compute_type(task.precision, device.kind)) * losses.gemm
     seconds: dict[str, float] = {}
     reading = read["dense"] / (device.bandwidth * losses.reading(task.dense_type))
@@ -163,20 +168,16 @@ def _compute_seconds(
     _add(seconds, "dense products", "reading weights", dense / (peak * layout.tp), reading)
     if place == "host":
         # A processor of our own time adds about 100 operations for each byte that it reads.
-        products = tokens * work.experts / (cluster.host_bandwidth * 100 * host.gemm)
+        products = experts / (cluster.host_bandwidth * 100 * host.gemm)
         _add(seconds, "experts on the host", "experts on the host", products,
              read["experts"] / (cluster.host_bandwidth * host.memory))  # fmt: skip
     else:
-        imbalance = 1 + task.max_vio / max(1.0, (_experts_of(subject) / layout.ep) ** 0.5)
-        products = tokens * work.experts * imbalance / (peak * layout.tp)
+        imbalance = 1 + device_max_vio(layout, config, task.max_vio)
+        products = experts * imbalance / (peak * layout.tp)
         reading = read["experts"] / (device.bandwidth * losses.reading(task.precision))
         _add(seconds, "expert products", "reading experts", products, reading)
     seconds["layers"] = config.num_hidden_layers * losses.layer
     return seconds
-
-
-def _experts_of(subject: Subject) -> int:
-    return subject.config.moe.num_experts if subject.config.moe else 1
 
 
 def _add(seconds: dict[str, float], busy: str, reading: str, products: float, bytes_: float) -> None:
@@ -205,7 +206,7 @@ def _exchange_seconds(subject: Subject, cluster: Cluster, layout: Layout, tokens
         one = all_to_all_seconds(size / layout.tp, top_k, top_k, cluster, layout.ep, TRAINING)
         seconds["all-to-all"] = 2 * config.num_moe_layers * one
     if layout.pp > 1:
-        one = size / layout.tp / (cluster.device.network * TRAINING.network) + cluster.delay(cluster.count)
+        one = size / layout.tp / network_rate(cluster, TRAINING) + cluster.delay(cluster.count)
         seconds["pipeline transfers"] = (layout.pp - 1) * one
     return seconds
 

@@ -85,6 +85,13 @@ def check_layout(layout: Layout, config: ModelConfig, count: int) -> None:
     )
 
 
+def device_max_vio(layout: Layout, config: ModelConfig, max_vio: float) -> float:
+    """Imbalance between devices: of many experts on one, loads even out as independent ones would."""
+    if config.moe is None or layout.ep == 1:
+        return 0.0
+    return max_vio / (config.moe.num_experts / layout.ep) ** 0.5
+
+
 def parse_layout(text: str, count: int) -> Layout:
     """`ep=8,tp=2,pp=4`, in any order; what is left of the `count` devices becomes dp, unless dp or fsdp is given."""
     known = {field.name for field in fields(Layout)}

@@ -17,6 +17,7 @@ from moesaic.plan.training import TrainingEstimate, TrainingTask, estimate_train
 
 MAX_OPTIONS = 6
 MAX_EXPERT_GROUP = 512
+MAX_STAGES = 64
 
 Estimate = TypeVar("Estimate", TrainingEstimate, InferenceEstimate)
 
@@ -157,7 +158,7 @@ def _grid(subject: Subject, cluster: Cluster) -> Iterator[tuple[int, int]]:
     for tp in _powers(cluster.node_size):
         if config.num_attention_heads % tp or cluster.count % tp:
             continue
-        for pp in _powers(min(64, config.num_hidden_layers, cluster.count // tp)):
+        for pp in range(1, min(MAX_STAGES, config.num_hidden_layers, cluster.count // tp) + 1):
             if cluster.count % (tp * pp) == 0:
                 yield tp, pp
 

@@ -17,7 +17,8 @@ def short(value: float, digits: int = 3) -> str:
     for size, letter in UNITS:
         if abs(value) >= size:
             scaled = value / size
-            return f"{scaled:.{digits}g} {letter}" if abs(scaled) < 1000 else f"{scaled:,.0f} {letter}"
+            rounded = float(f"{scaled:.{digits}g}") if abs(scaled) < 1000 else scaled
+            return f"{rounded:,.0f} {letter}" if abs(rounded) >= 100 else f"{rounded:g} {letter}"
     return f"{value:.{digits}g}"
 
 

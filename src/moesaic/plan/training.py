@@ -11,9 +11,9 @@ from functools import lru_cache
 
 from moesaic.checks import require
 from moesaic.plan.cluster import Cluster
-from moesaic.plan.communication import all_reduce_seconds, all_to_all_seconds, gather_seconds
+from moesaic.plan.communication import all_reduce_seconds, all_to_all_seconds, gather_seconds, network_rate
 from moesaic.plan.efficiency import SPREAD, TRAINING, TrainingLosses
-from moesaic.plan.layout import Layout
+from moesaic.plan.layout import Layout, device_max_vio
 from moesaic.plan.memory import Memory, training_memory
 from moesaic.plan.subject import Subject
 from moesaic.plan.work import bytes_per_weight, parameters, training_work
@@ -119,7 +119,7 @@ def layer_seconds(
         * (losses.dense_traffic + losses.expert_traffic * rows) / bandwidth,
         "launches": losses.launch * passes / 3,
     }  # fmt: skip
-    seconds["expert imbalance"] = seconds["expert products"] * device_max_vio(subject, layout, task.max_vio)
+    seconds["expert imbalance"] = seconds["expert products"] * device_max_vio(layout, config, task.max_vio)
     exchanges = 4 + (2 if layout.recompute == "full" else 0)
     if config.moe is not None:
         # Dispatch sends the type of the products, combine bfloat16.
@@ -148,14 +148,6 @@ def _rows(subject: Subject) -> float:
     if config.moe is None:
         return 0.0
     return config.moe.num_experts_per_tok * config.num_moe_layers / config.num_hidden_layers
-
-
-def device_max_vio(subject: Subject, layout: Layout, max_vio: float) -> float:
-    """Imbalance between devices: of many experts on one, loads even out as independent ones would."""
-    moe = subject.config.moe
-    if moe is None or layout.ep == 1:
-        return 0.0
-    return max_vio / (moe.num_experts / layout.ep) ** 0.5
 
 
 def _micro_batches(layout: Layout, task: TrainingTask) -> int:
@@ -189,7 +181,7 @@ def _transfer_seconds(
     if layout.pp == 1:
         return 0.0
     size = layout.micro * task.sequence * subject.config.hidden_size * 2 / layout.tp
-    one = size / (cluster.device.network * losses.network) + cluster.delay(cluster.count)
+    one = size / network_rate(cluster, losses) + cluster.delay(cluster.count)
     return 2 * one * layout.vp * micro_batches * 0.2
 
 

@@ -64,6 +64,17 @@ def _work(subject: Subject, forward: float, without_scores: float) -> Work:
     )
 
 
+@lru_cache(maxsize=256)
+def last_feed_forward(subject: Subject) -> Work:
+    """The part of a token's forward pass that is in the last feed-forward layer. Prefill computes it for the last token
+    of each text alone: nothing after it looks at other tokens."""
+    config, count = subject.config, count_parameters(subject.config)
+    if not config.is_moe_layer(config.num_hidden_layers - 1):
+        return Work(dense=2.0 * count.dense_mlp / config.num_dense_layers, experts=0.0, scores=0.0)
+    layers = config.num_moe_layers
+    return Work(dense=2.0 * count.shared_experts / layers, experts=2.0 * count.active_experts / layers, scores=0.0)
+
+
 @dataclass(frozen=True)
 class Parameters:
     """Where the weights are, for reading and for sharding."""

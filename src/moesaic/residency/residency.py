@@ -16,7 +16,7 @@ from moesaic.ops import ExpertWeights
 from moesaic.residency.expert_cache import CacheStatistics, ExpertCache
 from moesaic.residency.foresight import Lookahead
 from moesaic.residency.memory_plan import ACTIVATIONS, MemoryPlan, activation_bytes, make_plan
-from moesaic.residency.placement import read_uses
+from moesaic.residency.placement import Record, read_record
 
 PREFILL_TOKENS = 512
 """That a pass takes at most, so that activations have a bound; a longer prompt goes in pieces."""
@@ -47,6 +47,8 @@ class Residency:
 
     def __init__(self, plan: MemoryPlan, cache: ExpertCache, config: ModelConfig, dtype: torch.dtype) -> None:
         self.plan, self.cache = plan, cache
+        self.record: Record | None = None
+        """That says which experts stay."""
         self._config, self._dtype = config, str(kv_dtype(dtype, torch.device("cpu"))).removeprefix("torch.")
         self._fixed = {name: nbytes for name, nbytes in plan.parts.items() if name != ACTIVATIONS}
         self._rooms: list[Room] = []
@@ -127,14 +129,15 @@ class LayerStore:
 
 
 def place_experts(model: Transformer, recorded: str | Path) -> None:
-    """Keeps in memory those experts that a record used most; `read_uses` says which records.
+    """Keeps in memory those experts that a record used most; `read_record` says which records.
 
     Raises UsageError for a record of another model.
     """
     residency = residency_of(model)
     assert residency is not None
     layers = residency.cache.layers
-    residency.cache.place(read_uses(recorded, len(layers), layers[0].num_experts))
+    residency.record = read_record(recorded, len(layers), layers[0].num_experts)
+    residency.cache.place(residency.record.uses)
 
 
 def residency_of(model: Transformer) -> Residency | None:

@@ -127,7 +127,8 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
     """One AdamW, and one Muon before it when asked for. Each group keeps its peak rate in `peak_lr`."""
     by_role: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        by_role.setdefault(role_of(name, parameter), []).append(parameter)
+        if parameter.requires_grad:
+            by_role.setdefault(role_of(name, parameter), []).append(parameter)
 
     def group(role: str, lr: float, weight_decay: float, **options: object) -> list[dict[str, Any]]:
         parameters = by_role.get(role)
@@ -154,8 +155,11 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
 
 
 def role_of(name: str, parameter: Tensor) -> str:
-    """How a parameter is treated: as gate_up, feed_forward or attention matrix, as embedding, or as other."""
-    if parameter.ndim == 1 or name.endswith(_NO_MATRICES):
+    """How a parameter is treated: as gate_up, feed_forward or attention matrix, as embedding, or as other.
+
+    The factors of adapters are others: decay would pull their product, which is small, back to nothing.
+    """
+    if parameter.ndim == 1 or name.endswith(_NO_MATRICES) or ".parametrizations." in name:
         return "other"
     if name == "embed_tokens.weight":
         return "embedding"

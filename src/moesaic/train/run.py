@@ -4,9 +4,9 @@ import fcntl
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from moesaic.accounting import weight_bytes
 from moesaic.checkpoint.families import family_for_export
-from moesaic.checkpoint.run_state import RunState, list_steps, newest_run_state
+from moesaic.checkpoint.run_state import RunState, list_steps, newest_run_state, run_state_at
 from moesaic.checkpoint.save import require_no_model
 from moesaic.config import TrainConfig
 from moesaic.config_io import from_mapping, write_run_config
@@ -28,8 +28,11 @@ from moesaic.parallel.ranks import Ranks, make_ranks, process_group
 from moesaic.parallel.shard import spread
 from moesaic.tokenizer import Tokenizer
 from moesaic.train.data import PreparedData, Progress, prepare_data
+from moesaic.train.fine_tune import Start, choose_trained, find_start, read_start, trained_part
 from moesaic.train.screen import Screen
 from moesaic.train.trainer import Trainer
+
+Watch = Callable[[Transformer, Tokenizer], AbstractContextManager[object]]
 
 # What may change when a run is resumed: nothing that decides an update.
 CHANGEABLE_ON_RESUME = {
@@ -46,12 +49,16 @@ def run_training(
     screen: Screen,
     *,
     resume: bool = False,
+    resume_if_there: bool = False,
     progress: AbstractContextManager[Progress | None] | None = None,
     data_directory: Path | None = None,
+    watch: Watch | None = None,
 ) -> Trainer:
     """Train `config` in `run_directory`; `data_directory` lets several runs share one prepared corpus.
 
-    `progress` is entered while data is prepared, and gets `(label, done, total)`.
+    `resume_if_there` resumes a run that has a saved state, and starts one otherwise. `progress` is entered while data
+    is prepared, and gets `(label, done, total)`; what `watch` gives is entered while the model is trained, in a run of
+    one process.
 
     Returns the trainer; `trainer.stop_requested` says that Ctrl-C or SIGTERM ended it early, its state saved.
 
@@ -60,15 +67,78 @@ def run_training(
     """
     device = resolve_device(config.device)
     _require_possible(config, device)
-    if resume:
-        newest_run_state(run_directory)  # before the lock, which would make a directory of a misspelt name
-    with process_group(device.type):
-        ranks = make_ranks(config.parallel, device.type)
+    with process_group(device.type, config.parallel.timeout_seconds) as heartbeat, ExitStack() as until_the_end:
+        ranks = make_ranks(config.parallel, device.type, heartbeat)
         ranks.share(config.batch_size)  # refused before anything is written
+        if watch is not None and ranks.count > 1:
+            raise UsageError(f"a run is traced in one process, and this one has {ranks.count}; leave --trace out")
         if not ranks.is_first:
             screen, progress = Screen(Console(quiet=True), live=False), None
-        with _only_process(run_directory) if ranks.is_first else nullcontext():
-            return _train(config, run_directory, screen, ranks, device, resume, progress, data_directory)
+        resume = resume or (resume_if_there and bool(list_steps(run_directory)))
+        made: list[_Beginning] = []
+
+        def make() -> int | None:
+            """On the first rank: the directory is usable and locked, the data lies there; the step to go on from."""
+            if resume:
+                newest_run_state(run_directory)  # before the lock, which would make a directory of a misspelt name
+            until_the_end.enter_context(_only_process(run_directory))
+            made.append(_prepare(config, run_directory, resume, progress, data_directory))
+            return made[0].state and made[0].state.step
+
+        ranks.tell("preparing the data")
+        step = ranks.from_first(make)
+        ranks.tell("starting")
+        beginning = made[0] if made else _read_beginning(config, run_directory, step, data_directory)
+        return _train(config, run_directory, screen, ranks, device, beginning, watch)
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """What a run goes on from, or starts with, and its text."""
+
+    state: RunState | None
+    start: Start | None
+    data: PreparedData
+
+
+def _prepare(
+    config: TrainConfig,
+    run_directory: Path,
+    resume: bool,
+    progress: AbstractContextManager[Progress | None] | None,
+    data_directory: Path | None,
+) -> _Beginning:
+    state = _state_to_resume(config, run_directory) if resume else None
+    if not resume:
+        _require_unused(run_directory)
+    start = find_start(config, state)
+    with progress or nullcontext() as report:
+        data = _open_data(config, run_directory, data_directory, report)
+    _require_vocabulary(config, data)
+    write_run_config(run_directory, config)
+    _save_tokenizer(data.tokenizer, run_directory)
+    return _Beginning(state, start, data)
+
+
+def _read_beginning(
+    config: TrainConfig, run_directory: Path, step: int | None, data_directory: Path | None
+) -> _Beginning:
+    """What the first rank has prepared, and has found good."""
+    state = None if step is None else run_state_at(run_directory, step)
+    start = find_start(config, state)
+    return _Beginning(state, start, _open_data(config, run_directory, data_directory))
+
+
+def _open_data(
+    config: TrainConfig, run_directory: Path, data_directory: Path | None, progress: Progress | None = None
+) -> PreparedData:
+    return prepare_data(
+        config.data,
+        data_directory or run_directory / "data",
+        tokens_needed=config.steps * config.tokens_per_step + 1,
+        sequence_length=config.sequence_length,
+        progress=progress,
+    )
 
 
 def _train(
@@ -77,36 +147,23 @@ def _train(
     screen: Screen,
     ranks: Ranks,
     device: torch.device,
-    resume: bool,
-    progress: AbstractContextManager[Progress | None] | None,
-    data_directory: Path | None,
+    beginning: _Beginning,
+    watch: Watch | None,
 ) -> Trainer:
-    if not ranks.is_first:
-        ranks.barrier()  # until the first one has found the directory usable, and has prepared the data
-    state = _state_to_resume(config, run_directory) if resume else None
-    if ranks.is_first and not resume:
-        _require_unused(run_directory)
-    with progress or nullcontext() as report:
-        data = prepare_data(
-            config.data,
-            data_directory or run_directory / "data",
-            tokens_needed=config.steps * config.tokens_per_step + 1,
-            sequence_length=config.sequence_length,
-            progress=report,
-        )
-    _require_vocabulary(config, data)
-    if ranks.is_first:
-        write_run_config(run_directory, config)
-        _save_tokenizer(data.tokenizer, run_directory)
-        ranks.barrier()
-    model = _build_model(config, device)
+    state, start, data = beginning.state, beginning.start, beginning.data
+    model = _build_model(config, device, start)
     spread(model, ranks, config.parallel)
-    trainer = Trainer(config, model, data, run_directory, ranks)
-    with _stop_on_signal(trainer), cpu_set_up_for_training() if device.type == "cpu" else nullcontext():
+    trainer = Trainer(config, model, data, run_directory, ranks, base=start.record if start else None)
+    with (
+        _stop_on_signal(trainer),
+        cpu_set_up_for_training() if device.type == "cpu" else nullcontext(),
+        nullcontext() if watch is None else watch(model, data.tokenizer),
+    ):
         screen.start(_title(run_directory, config), config.steps, state.step if state else 0)
         try:
-            for note in (*(state.warnings if state else ()), *_advice(config)):
-                screen.note(note)
+            for note in (*(state.warnings if state else ()), *_advice(config), trained_part(model, config)):
+                if note:
+                    screen.note(note)
             trainer.run(screen, state)
         finally:
             screen.stop()
@@ -125,7 +182,8 @@ def _advice(config: TrainConfig) -> list[str]:
     moe, balance = config.model.moe, config.balance
     advice = []
     balances = balance.aux_loss_coef or balance.bias_update_rate
-    if moe is not None and moe.router not in BALANCED_ROUTERS and not balances:
+    learns = not config.freeze_router and (config.lora is None or "router" in config.lora.targets)
+    if moe is not None and moe.router not in BALANCED_ROUTERS and learns and not balances:
         fix = "bias_update_rate = 0.01" if moe.has_expert_bias else "aux_loss_coef = 0.01"
         advice.append(f"nothing balances the load, so experts may die; set balance.{fix}")
     if moe is not None and config.model.looks_ahead:
@@ -140,10 +198,13 @@ def _advice(config: TrainConfig) -> list[str]:
     return advice
 
 
-def _build_model(config: TrainConfig, device: torch.device) -> Transformer:
+def _build_model(config: TrainConfig, device: torch.device, start: Start | None) -> Transformer:
     torch.manual_seed(config.seed)
-    model = Transformer(config.model, backend=config.backend)
-    model.init_weights(config.seed)
+    model = read_start(config, start, device) if start else None
+    if model is None:
+        model = Transformer(config.model, backend=config.backend)
+        model.init_weights(config.seed)
+    choose_trained(model, config)
     return model.to(device)
 
 
@@ -158,8 +219,8 @@ def _require_possible(config: TrainConfig, device: torch.device) -> None:
     if moe is not None:
         shape = (config.model.hidden_size, moe.moe_intermediate_size, device.type, DTYPES[config.dtype])
         pick(config.backend, ExpertShape(*shape, activation=moe.activation, has_bias=moe.projection_bias))
-    # Parameters, gradients and two moments in float32; activations come on top.
-    needed = 4 * weight_bytes(config.model, "float32")
+    # Parameters, gradients and two moments in float32, or parameters alone and with adapters; activations come on top.
+    needed = (2 if config.lora else 4) * weight_bytes(config.model, "float32")
     memory = memory_bytes()
     if device.type == "cpu" and needed > memory:
         raise UsageError(

@@ -5,6 +5,7 @@ B sequences of a batch, L positions, M mixture-of-experts layers, E experts.
 
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,25 @@ import torch
 from torch import Tensor
 
 from moesaic.accounting import training_flops_per_token
-from moesaic.checkpoint.run_state import RunState, save_run_state
+from moesaic.checkpoint.adapters import BASE
+from moesaic.checkpoint.run_state import RunState
 from moesaic.config import TrainConfig
 from moesaic.config_io import to_mapping
 from moesaic.errors import MoesaicError
+from moesaic.model.lora import adapted_state, load_adapted_state
 from moesaic.model.noise import combine
 from moesaic.model.transformer import Transformer
 from moesaic.ops import DTYPES
 from moesaic.ops.device import measured_matmul_peak
 from moesaic.parallel.gradients import clip_gradients, gradient_norm, sum_gradients
 from moesaic.parallel.ranks import Ranks
-from moesaic.parallel.shard import keep_parts, whole_tensors
+from moesaic.parallel.shard import Part, own_parts, read_parts
 from moesaic.train.data import PreparedData, TrainBatches, validation_batches
 from moesaic.train.evaluate import Evaluation, evaluate
 from moesaic.train.metrics import MetricsLog
 from moesaic.train.objective import Batch, BatchResult, accumulate_gradients, update_after_step
 from moesaic.train.optimizer import load_optimizer_tensors, make_optimizers, optimizer_tensors, prepare_step
+from moesaic.train.saving import StateWriter
 from moesaic.train.schedule import rate_factor
 from moesaic.train.screen import Screen
 
@@ -62,13 +66,20 @@ class Trainer:
         data: PreparedData,
         run_directory: Path,
         ranks: Ranks | None = None,
+        *,
+        base: Mapping[str, str] | None = None,
     ) -> None:
-        """Of several `ranks` each has its part of the model and a share of every batch; the first one writes."""
+        """Of several `ranks` each has its part of the model and a share of every batch; the first one writes.
+
+        `base` says what the model started from, for the states.
+        """
         self.config = config
         self.ranks = ranks or Ranks()
         self.model = model
         self.data = data
         self.run_directory = run_directory
+        self.base = base
+        self.states = StateWriter(run_directory, self.ranks, config.checkpoint)
         self.device = model.embed_tokens.weight.device
         self.optimizers = make_optimizers(model, config.optimizer)
         self.batches = TrainBatches(data.train, config.sequence_length, config.batch_size, config.seed)
@@ -95,6 +106,7 @@ class Trainer:
             if saved_step is None:
                 saved_step = self._save(screen)  # so that a run can be resumed from its first moment on
             while self.step < self.config.steps and not self.stop_requested:
+                self.ranks.tell(f"step {self.step + 1}")
                 start = time.perf_counter()
                 update = self.train_step()
                 seconds = time.perf_counter() - start
@@ -112,8 +124,11 @@ class Trainer:
                 if self._due(self.config.checkpoint.save_every) and self.nonfinite_steps == 0:
                     saved_step = self._save(screen)
                 self.stop_requested = self.ranks.any(self.stop_requested)  # or some would wait for those that stopped
+                if self.config.checkpoint.background and self.ranks.any(self.states.failed):
+                    self.states.finish(_reporter(screen))
             if saved_step != self.step:
                 self._save(screen)
+            self.states.finish(_reporter(screen))
         finally:
             if log:
                 log.close()
@@ -225,31 +240,30 @@ class Trainer:
         }
 
     def _save(self, screen: Screen) -> int:
-        """Write the state of this step, of all ranks as of one; older ones stay whole if the disk is full."""
-        weights = whole_tensors(self.model, self.model.state_dict(), self.ranks)
-        moments = whole_tensors(self.model, optimizer_tensors(self.optimizers, self.model), self.ranks)
-        if not self.ranks.is_first:
-            self.ranks.barrier()
-            return self.step
+        """Write the state of this step, each rank its part; older ones stay whole if the disk is full."""
+        weights = adapted_state(self.model)  # first: it puts parameters that FSDP2 has gathered back into their parts
+        moments = optimizer_tensors(self.optimizers, self.model)
         tensors = {
-            **{f"model.{name}": value for name, value in weights.items()},
-            **{f"optimizer.{name}": value for name, value in moments.items()},
-            **{f"random.{name}": value for name, value in self._random_states().items()},
+            **{f"model.{name}": part for name, part in own_parts(self.model, weights, self.ranks).items()},
+            **{f"optimizer.{name}": part for name, part in own_parts(self.model, moments, self.ranks).items()},
         }
+        if self.ranks.is_first:
+            tensors |= {f"random.{name}": Part(value, 0, len(value)) for name, value in self._random_states().items()}
         extra = {
             "config": to_mapping(self.config),
             "tokenizer": self.data.tokenizer.fingerprint,
             "training_seconds": self.training_seconds,
             "threads": torch.get_num_threads(),
+            **({BASE: dict(self.base)} if self.base else {}),
         }
-        save_run_state(self.run_directory, self.step, tensors, extra, keep=self.config.checkpoint.keep)
-        self.ranks.barrier()
-        screen.note(f"step {self.step}: state saved")
+        self.states.save(self.step, tensors, extra, _reporter(screen))
         return self.step
 
     def _restore(self, state: RunState, screen: Screen) -> None:
-        self.model.load_state_dict(keep_parts(self.model, state.load_tensors("model"), self.ranks))
-        moments = keep_parts(self.model, state.load_tensors("optimizer"), self.ranks)
+        with state.open_tensors("model") as stored:
+            load_adapted_state(self.model, read_parts(self.model, stored.shapes, stored.read_rows, self.ranks))
+        with state.open_tensors("optimizer") as stored:
+            moments = read_parts(self.model, stored.shapes, stored.read_rows, self.ranks)
         load_optimizer_tensors(self.optimizers, self.model, moments)
         random = state.load_tensors("random")
         torch.set_rng_state(random["cpu"])
@@ -269,6 +283,10 @@ class Trainer:
         if self.device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self.device)
         return states
+
+
+def _reporter(screen: Screen) -> Callable[[int], None]:
+    return lambda step: screen.note(f"step {step}: state saved")
 
 
 def _finite(value: float) -> float | None:
