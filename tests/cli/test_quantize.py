@@ -138,7 +138,7 @@ def test_mistakes_get_one_line(plain: Path, flags: str, message: str) -> None:
 
 
 def test_ctrl_c_says_so_and_leaves_nothing(plain: Path) -> None:
-    many = MoEConfig(num_experts=64, num_experts_per_tok=2, moe_intermediate_size=64)
+    many = MoEConfig(num_experts=64, num_experts_per_tok=2, moe_intermediate_size=192)
     model = Transformer(replace(SPARSE, num_hidden_layers=24, moe=many))
     model.init_weights(seed=0)
     export_model(model, byte_tokenizer(), plain.with_name("large"))
@@ -146,7 +146,7 @@ def test_ctrl_c_says_so_and_leaves_nothing(plain: Path) -> None:
         result = plain.with_name(f"out-{number}")
         with start("quantize", plain.with_name("large"), result, "--scheme", "int4") as process:
             while process.poll() is None and not list(plain.parent.glob(".out-*.writing-*")):
-                time.sleep(0.005)
+                time.sleep(0.001)
             process.send_signal(signal.SIGINT)
             out, err = process.communicate()
         if process.returncode != 0:

@@ -119,7 +119,7 @@ def test_an_open_door_without_a_key_is_warned_of(model_directory: Path) -> None:
     code = (
         "import sys; from moesaic.cli import main, options\n"
         "def load(*_): raise SystemExit(0)\n"
-        "options.ModelOptions.load = load\n"
+        "options.ModelOptions.load_over_ranks = load\n"
         "main(['serve', sys.argv[1], '--port', '0', '--host', *sys.argv[2:]])"
     )
     assert "anybody who reaches 0.0.0.0" in run("-c", code, str(model_directory), "0.0.0.0").stderr
