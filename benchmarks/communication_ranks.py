@@ -46,8 +46,6 @@ class Passed:
     forward_bytes: int = 0
     both_bytes: int = 0
     """In the forward and the backward pass."""
-    frame_bytes: int = 0
-    """The same with the headers of segments of 1448 bytes."""
     exchange_seconds: float = 0.0
     """There and back in the forward pass, nothing computed."""
     forward_seconds: float = 0.0
@@ -96,14 +94,14 @@ def timed(work: Callable[[], object]) -> float:
     return float(seconds)
 
 
-def counted(work: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that this host sent meanwhile, without headers and with them; a barrier's are in it, some 200."""
+def counted(work: Callable[[], object]) -> int:
+    """Bytes that this host sent meanwhile, without headers; a barrier's are in it, some 200."""
     dist.barrier()
     before = sent()
     work()
     dist.barrier()
     traffic = sent().since(before)
-    return traffic.payload, traffic.framed
+    return traffic.payload
 
 
 def learn(layer: nn.Module, x: Tensor, *arguments: Any) -> None:
@@ -149,9 +147,9 @@ def exchanges(sizes: Sizes, cases: Mapping[str, Mapping[str, Any]], rounds: int)
     x_1TD, context, passed = draw(sizes), context_of(sizes), {}
     for name, layer in layers.items():
         learn(layer, x_1TD, context)
-        forward, _ = counted(lambda layer=layer: look(layer, x_1TD, context))
-        both, framed = counted(lambda layer=layer: learn(layer, x_1TD, context))
-        passed[name] = Passed(forward, both, framed, exchange_seconds=statistics.median(seconds[name]))
+        forward = counted(lambda layer=layer: look(layer, x_1TD, context))
+        both = counted(lambda layer=layer: learn(layer, x_1TD, context))
+        passed[name] = Passed(forward, both, exchange_seconds=statistics.median(seconds[name]))
     return passed
 
 
@@ -184,8 +182,8 @@ def peers(sizes: Sizes, rounds: int) -> dict[str, Passed]:
             seconds[name].append(timed(lambda layer=layer, rest=arguments: learn(layer, x_1TD, *rest)))
     passed = {}
     for name, (layer, rest) in layers.items():
-        both, framed = counted(lambda layer=layer, rest=rest: learn(layer, x_1TD, *rest))
-        passed[name] = Passed(both_bytes=both, frame_bytes=framed, seconds=statistics.median(seconds[name]))
+        both = counted(lambda layer=layer, rest=rest: learn(layer, x_1TD, *rest))
+        passed[name] = Passed(both_bytes=both, seconds=statistics.median(seconds[name]))
     return passed
 
 

@@ -25,8 +25,6 @@ from moesaic.errors import MoesaicError
 CLONE_NEWNET = 0x40000000
 FRAME_BYTES = 66
 """Ethernet 14, IPv4 20, TCP 32 with timestamps: that the interface counts with each packet."""
-SEGMENT_BYTES = 1448
-"""Payload of a frame of 1500 bytes."""
 NAMESPACES = Path("/run/netns")
 PREFIX = "moe"
 PORT = 29_511
@@ -45,11 +43,6 @@ class Traffic:
     def payload(self) -> int:
         """Without the headers of frames, IP and TCP."""
         return self.bytes - FRAME_BYTES * self.packets
-
-    @property
-    def framed(self) -> int:
-        """With headers for every segment of a full frame: the counter sees several segments as one packet."""
-        return self.payload + FRAME_BYTES * max(self.packets, -(-self.payload // SEGMENT_BYTES))
 
     def since(self, before: "Traffic") -> "Traffic":
         return Traffic(self.bytes - before.bytes, self.packets - before.packets)

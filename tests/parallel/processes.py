@@ -16,6 +16,19 @@ from torch._C._distributed_c10d import FileStore
 
 TIMEOUT = 40.0
 """Seconds in which all ranks have to be done, starting up included."""
+MODEL = """[model]
+hidden_size = 16
+num_hidden_layers = 2
+num_attention_heads = 2
+num_key_value_heads = 1
+head_dim = 8
+initializer_range = 0.1
+[model.moe]
+num_experts = 5
+num_experts_per_tok = 2
+moe_intermediate_size = 8
+"""
+"""The part of a run's config that makes it tiny; 5 experts, which few numbers of ranks divide."""
 
 
 def on_ranks(count: int, function: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:

@@ -12,9 +12,10 @@ from moesaic.config_io import read_train_config
 from moesaic.train.run import run_training
 from moesaic.train.screen import Screen
 
-from .processes import on_ranks
+from .processes import MODEL, on_ranks
 
-BASE = """
+BASE = (
+    """
 steps = 2
 batch_size = 4
 sequence_length = 16
@@ -22,18 +23,9 @@ evaluation_tokens = 80
 device = "cpu"
 [data]
 source = "{text}"
-[model]
-hidden_size = 16
-num_hidden_layers = 2
-num_attention_heads = 2
-num_key_value_heads = 1
-head_dim = 8
-initializer_range = 0.1
-[model.moe]
-num_experts = 5
-num_experts_per_tok = 2
-moe_intermediate_size = 8
 """
+    + MODEL
+)
 ADAPT = """
 init_from = "{base}"
 steps = 3

@@ -19,10 +19,11 @@ from moesaic.errors import UsageError
 from moesaic.train.run import run_training
 from moesaic.train.screen import Screen
 
-from .processes import on_ranks
+from .processes import MODEL, on_ranks
 
 TIMEOUT = 100.0
-CONFIG = """
+CONFIG = (
+    """
 steps = 4
 batch_size = 4
 sequence_length = 16
@@ -31,24 +32,16 @@ evaluation_tokens = 80
 device = "cpu"
 [data]
 source = "{text}"
-[model]
-hidden_size = 16
-num_hidden_layers = 2
-num_attention_heads = 2
-num_key_value_heads = 1
-head_dim = 8
-initializer_range = 0.1
-[model.moe]
-num_experts = 5
-num_experts_per_tok = 2
-moe_intermediate_size = 8
-router = "sigmoid_topk"
+"""
+    + MODEL
+    + """router = "sigmoid_topk"
 [balance]
 aux_loss_coef = 0.01
 bias_update_rate = 0.01
 [checkpoint]
 save_every = 2
 """
+)
 SAME = ("loss", "aux_loss", "grad_norm", "val_loss", "bits_per_byte", "max_vio", "load", "router_entropy")
 
 

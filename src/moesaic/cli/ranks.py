@@ -4,7 +4,6 @@ import atexit
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from moesaic.tokenizer import Tokenizer
 
     Load = Callable[[ExpertShare], tuple[Transformer, Tokenizer]]
-
-_SECONDS_TO_SPEAK = 5.0
 
 
 def num_ranks() -> int:
@@ -33,6 +30,7 @@ def load_over_ranks(load: "Load", device: str) -> "tuple[Transformer, Tokenizer]
 
     Raises there what `load` raises on any rank.
     """
+    from moesaic.errors import let_first_rank_speak
     from moesaic.ops.device import resolve_device
     from moesaic.parallel.inference import join, lead
 
@@ -49,7 +47,7 @@ def load_over_ranks(load: "Load", device: str) -> "tuple[Transformer, Tokenizer]
     if company.share.is_first and error is not None:
         raise error
     if loaded is None or status:
-        time.sleep(_SECONDS_TO_SPEAK)  # torchrun ends this rank as soon as the first one has said why, and ended
+        let_first_rank_speak()
         os._exit(status)
     if not company.share.is_first:
         _follow(loaded[0], company)

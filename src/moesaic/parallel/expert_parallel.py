@@ -4,11 +4,9 @@ E experts, P ranks.
 """
 
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moesaic.errors import UsageError
-from moesaic.model.experts import Experts
 from moesaic.model.transformer import Transformer
 from moesaic.parallel.all_to_all import AllToAllDispatcher
 from moesaic.parallel.exchange import Exchange
@@ -54,13 +52,13 @@ def apply_expert_parallel(
         experts = layer.experts
         if experts.packed or experts.store is not None:
             raise UsageError(f"parallel.ep is {num_ranks}, but the experts are packed or on disk; load plain weights")
-        num_experts = len(experts.gate_up)
+        num_experts = experts.num_experts
         if num_ranks > num_experts:
             raise UsageError(
                 f"parallel.ep is {num_ranks}, but a layer has {num_experts} experts; set it to {num_experts} or less"
             )
         bounds = expert_bounds(num_experts, num_ranks)
-        _keep(experts, bounds[rank], bounds[rank + 1])
+        experts.keep(bounds[rank], bounds[rank + 1])
         outer, *inner = [Exchange(group, transport, gradient_transport) for group in groups]
         if inner:
             layer.dispatcher = TwoLevelDispatcher(outer, inner[0], bounds, overlap)
@@ -80,9 +78,3 @@ def _groups_of_hosts(mesh: DeviceMesh, size: int) -> list[dist.ProcessGroup]:
         assert isinstance(group, dist.ProcessGroup)
         groups.append(group)
     return groups
-
-
-def _keep(experts: Experts, first: int, last: int) -> None:
-    for name, parameter in list(experts.named_parameters(recurse=False)):
-        kept = parameter.detach()[first:last].clone()
-        setattr(experts, name, nn.Parameter(kept, requires_grad=parameter.requires_grad))

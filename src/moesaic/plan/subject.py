@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moesaic.accounting import count_parameters
-from moesaic.config import ModelConfig
+from moesaic.config import ModelConfig, TrainConfig
 from moesaic.config_io import from_mapping, read_train_config
 from moesaic.errors import MoesaicError, UsageError
 from moesaic.presets import PRESETS
@@ -76,14 +76,23 @@ def published_subject(name: str) -> Subject:
 def _from_file(path: Path) -> Subject:
     name = path.parent.name if path.name == "config.json" else path.stem
     if path.suffix == ".toml":
-        return Subject(name=name, config=read_train_config(path).model, stored_as="float32", source=str(path))
+        return Subject(name=name, config=_train_config(path).model, stored_as="float32", source=str(path))
     values = _read_json(path)
     if "model_type" in values:
         return Subject(name=name, config=_from_hugging_face(path, values), stored_as=_stored_as(values),
                        source=str(path))  # fmt: skip
     if "model" in values:
-        return Subject(name=name, config=read_train_config(path).model, stored_as="float32", source=str(path))
+        return Subject(name=name, config=_train_config(path).model, stored_as="float32", source=str(path))
     raise UsageError(f"{path} has neither model_type (Hugging Face) nor model (a run); is it a model's config.json?")
+
+
+def _train_config(path: Path) -> TrainConfig:
+    def start_values(init_from: str) -> dict[str, Any]:
+        from moesaic.checkpoint.adapters import start_values  # which imports torch
+
+        return start_values(init_from)
+
+    return read_train_config(path, (), start_values)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
