@@ -1,5 +1,7 @@
 """Rows in fewer bytes, and what that saves. R rows, D hidden size."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,17 +33,18 @@ def test_rows_arrive_as_precisely_as_their_bytes_allow(name: str, dtype: torch.d
     assert transport.decode(transport.encode(rows_RD[:0]), dtype).shape == (0, D)
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "fp8", "int8"])
-def test_low_precision_stays_near_and_counts_fewer_bytes(name: str, seed: int) -> None:
-    """The exact exchange and the cost model, over many tokens, to the noise of which experts they chose."""
-    expected = learn(build(BASE, seed), seed, slice(None))
-    exact = on_ranks(2, learn_on_ranks, BASE, seed, [0, 2, 4])
-    fewer = on_ranks(2, lambda: learn_on_ranks(BASE, seed, [0, 2, 4], transport=name, gradient_transport=name))
+@pytest.mark.parametrize(("name", "tolerance"), [("bfloat16", 0.02), ("fp8", 0.2), ("int8", 0.05)])
+def test_low_precision_stays_near_and_counts_fewer_bytes(name: str, tolerance: float, seed: int) -> None:
+    """In one layer, whose router sees the same rows either way: a second one may choose other experts."""
+    config = replace(BASE, num_hidden_layers=1)
+    expected = learn(build(config, seed), seed, slice(None))
+    exact = on_ranks(2, learn_on_ranks, config, seed, [0, 2, 4])
+    fewer = on_ranks(2, lambda: learn_on_ranks(config, seed, [0, 2, 4], transport=name, gradient_transport=name))
     got = whole([part for part, _ in fewer])
     for key, value in expected.items():
         error = float((got[key] - value).norm() / (value.norm() + 1e-6))
         assert error > 0 or key.endswith("embed_tokens.weight")
-        assert error < 0.3, (key, error)
+        assert error < tolerance, (key, error)
     assert sum(sent for _, sent in fewer) < 0.45 * sum(sent for _, sent in exact)
 
 
